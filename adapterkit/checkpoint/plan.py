@@ -268,6 +268,20 @@ class Plan:
             ) from None
 
 
+def read_plan(place: str | Path | Address) -> Plan:
+    """The plan in a file, here or in a store.
+
+    Raises:
+        NotFound: there is no such file.
+        CheckpointError, UnsafeError: see `Plan.from_json`.
+        OutputError, UsageError, AuthError, StoreError: see `adapterkit.stores.files.brought`.
+    """
+    from adapterkit.disk import read_regular
+    from adapterkit.stores.files import brought
+
+    return Plan.from_json(read_regular(brought(place), MOST_PLAN, str(place)))
+
+
 def _checked(name: str) -> str:
     """The name of an output file: plain, or in the folder of a pipeline's component."""
     folder, slash, file = str(name).partition("/")

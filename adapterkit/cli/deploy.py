@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
+from adapterkit.cli.options import was_given
 from adapterkit.cli.output import note, say, show_json
 from adapterkit.cli.paths import FILE, LocalPath
 from adapterkit.errors import UsageError
@@ -150,7 +150,7 @@ def _only(one: str, used: tuple[str, ...]) -> None:
     context = click.get_current_context()
     for option in context.command.params:
         name = option.name or ""
-        if name not in used and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if name not in used and was_given(context, name):
             raise UsageError(f"{option.opts[0]} has no meaning with --{one.replace('_', '-')}", "leave it out")
 
 

@@ -14,6 +14,7 @@ from adapterkit.cli.paths import FILE_THERE, OUT_THERE
 from adapterkit.cli.run import failed
 from adapterkit.cli.verification import OWN, check_of_plan, deliver
 from adapterkit.requests.option import DEVICES
+from adapterkit.requests.workers import ON_DEVICE
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
@@ -34,9 +35,7 @@ def _of_verification(command: click.Command) -> click.Command:
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
-@click.option(
-    "--device", metavar=DEVICES, help="Compute on this device instead of the plan's; this makes another plan of it."
-)
+@click.option("--device", metavar=DEVICES, help=ON_DEVICE)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--served", is_flag=True, hidden=True, help="Execute the parts whose numbers stand on standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -63,14 +62,12 @@ def command(
       adapterkit execute plan.json -o merged --part 0        # one call for each part, anywhere
       adapterkit execute plan.json -o merged --finish
     """
-    from adapterkit.checkpoint.plan import MOST_PLAN, Plan, parse_size
-    from adapterkit.disk import read_regular
-    from adapterkit.stores.files import brought
+    from adapterkit.checkpoint.plan import parse_size, read_plan
     from adapterkit.verbs.execute import OpenPlan, execute, has_parts, on_device
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
-    loaded = on_device(Plan.from_json(read_regular(brought(plan), MOST_PLAN, str(plan))), device)
+    loaded = on_device(read_plan(plan), device)
     check_of_plan(asked, loaded, part is None and not served)
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adapterkit.cli.options import was_given
 from adapterkit.cli.output import Progress, count, note, say, show_json
 from adapterkit.cli.paths import FILE_THERE
 from adapterkit.errors import UsageError
 from adapterkit.ops.device import CPU
+from adapterkit.requests.groups import MODEL_WHERE
 from adapterkit.requests.option import DEVICES
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     default=CPU,
     show_default=True,
     metavar=DEVICES,
-    help="Where the model runs: cpu, cuda (of several cuda:1) or mps.",
+    help=MODEL_WHERE,
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -74,6 +76,10 @@ def command(
     if files:
         if model is not None or text is not None:
             raise UsageError("--in-file adds matrices up, and runs no MODEL", "leave MODEL and --text out")
+        ctx = click.get_current_context()
+        idle = next((name for name in ("chunk", "chunks", "dtype", "device") if was_given(ctx, name)), None)
+        if idle is not None:
+            raise UsageError(f"--{idle} has no meaning with --in-file", "leave it out")
         sums = added(files, out, force=force)
         if as_json:
             show_json(sums)

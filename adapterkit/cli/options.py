@@ -84,7 +84,7 @@ class RequestCommand(MethodCommand):
         """Make the request of what was given, and call the callback with it."""
         given = dict(ctx.params)
         own = {name: given.pop(name) for name in list(given) if name in self._own}
-        named = {name: value for name, value in given.items() if _named(ctx, name)}
+        named = {name: value for name, value in given.items() if was_given(ctx, name)}
         ctx.params = {**own, "request": self._request.bound(_by_field(self._request, self._fields, named))}
         return super().invoke(ctx)
 
@@ -165,7 +165,8 @@ def _base_of(word: str) -> str:
         return "BASE"
 
 
-def _named(ctx: click.Context, name: str) -> bool:
+def was_given(ctx: click.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 

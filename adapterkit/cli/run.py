@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +13,6 @@ from adapterkit.cli.written import foretold
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest
 
 if TYPE_CHECKING:
-    from adapterkit.places import Address
     from adapterkit.verbs.run import RunReport
 
 
@@ -42,14 +40,7 @@ TEMPLATE = click.Option(
     short_help="Execute a saved plan by workers: here, by Ray, Slurm or Kubernetes.",
     own=[TEMPLATE, *OWN],
 )
-def command(
-    request: RunRequest,
-    html: Path | Address | None,
-    markdown: Path | Address | None,
-    step_summary: bool,
-    attach: bool | None,
-    as_json: bool,
-) -> int:
+def command(request: RunRequest, as_json: bool, **asked: Any) -> int:
     """Execute the parts of a PLAN by several workers, and make OUT of them.
 
     Every byte is that of a run by one process. Run it again after whatever ended it: it goes on where it was. All workers
@@ -65,17 +56,13 @@ def command(
       adapterkit run plan.json -o merged --on slurm --workers 64 --submit
       adapterkit run plan.json -o merged --on k8s --workers 64 --set image=registry/adapterkit:1
     """
-    from adapterkit.checkpoint.plan import MOST_PLAN, Plan
-    from adapterkit.disk import read_regular
-    from adapterkit.stores.files import brought
+    from adapterkit.checkpoint.plan import read_plan
     from adapterkit.verbs.run import run
 
     if request.out is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--out': the folder or file to make.")
-    asked: dict[str, Any] = {"html": html, "markdown": markdown, "step_summary": step_summary, "attach": attach}
-    if attach is not None or any(asked.values()):
-        plan = Plan.from_json(read_regular(brought(request.plan), MOST_PLAN, str(request.plan)))
-        check_of_plan(asked, plan, not request.dry_run and request.on not in WRITTEN_JOBS)
+    if asked["attach"] is not None or any(asked.values()):
+        check_of_plan(asked, read_plan(request.plan), not request.dry_run and request.on not in WRITTEN_JOBS)
     with Progress("running", enabled=not as_json) as progress:
         report = run(**{name: getattr(request, name) for name in request.named} | {"progress": progress})
     if hasattr(report.report, "findings"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.cli.options import command as command_of
@@ -13,19 +12,11 @@ from adapterkit.requests.verify import VerifyRequest
 from adapterkit.requests.workers import WRITTEN_JOBS
 
 if TYPE_CHECKING:
-    from adapterkit.places import Address
     from adapterkit.verbs.verify.report import VerifyReport
 
 
 @command_of(VerifyRequest, name="verify", short_help="Prove that a merged model is the trained one.", own=OWN)
-def command(
-    request: VerifyRequest,
-    html: Path | Address | None,
-    markdown: Path | Address | None,
-    step_summary: bool,
-    attach: bool | None,
-    as_json: bool,
-) -> int:
+def command(request: VerifyRequest, as_json: bool, **asked: Any) -> int:
     """Compare MERGED with BASE and its adapters, tensor by tensor, and say what is wrong by name.
 
     Every tensor is recomputed and compared in a stream; nothing is loaded whole. Options of the merge are read from the
@@ -40,7 +31,6 @@ def command(
     """
     from adapterkit.verbs.verify import verify
 
-    asked: dict[str, Any] = {"html": html, "markdown": markdown, "step_summary": step_summary, "attach": attach}
     check_compared(asked, request.writes and request.on not in WRITTEN_JOBS)
     with Progress("verifying", enabled=not as_json) as progress:
         named = {name: getattr(request, name) for name in request.named}

@@ -17,6 +17,7 @@ everything lies in ``.NAME.replaced``, marked likewise, and the next run puts ri
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,15 +37,16 @@ _LONGEST = 230  # bytes of a name that a hidden name repeats whole; file systems
 
 def partial_folder(out: Path) -> Path:
     """The hidden folder in which ``out`` is made."""
-    return _hidden(out, "partial")
+    return hidden_folder(out, "partial")
 
 
 def _aside(out: Path) -> Path:
     """The hidden folder that holds what is being exchanged."""
-    return _hidden(out, "replaced")
+    return hidden_folder(out, "replaced")
 
 
-def _hidden(out: Path, what: str) -> Path:
+def hidden_folder(out: Path, what: str) -> Path:
+    """A hidden name beside ``out``; of a long name it repeats the beginning."""
     name = os.fsencode(out.name)
     if len(name) <= _LONGEST:
         return out.parent / f".{out.name}.{what}"
@@ -52,6 +54,12 @@ def _hidden(out: Path, what: str) -> Path:
 
     short = name[: _LONGEST - 17].decode("utf-8", "ignore")
     return out.parent / f".{short}~{blake2b(name, digest_size=8).hexdigest()}.{what}"
+
+
+def may_be_shortened(name: str) -> bool:
+    """Whether a hidden name may repeat only the beginning of the name that it is of."""
+    cut_letter = 3  # bytes at most, of one that did not fit whole
+    return re.search("~[0-9a-f]{16}$", name) is not None and len(os.fsencode(name)) >= _LONGEST - cut_letter
 
 
 # ------------------------------------------------------------------ ours

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterkit.disk.folders import is_busy, is_of_user, is_own, recover, remove_own
+from adapterkit.disk.folders import hidden_folder, is_busy, is_of_user, is_own, may_be_shortened, recover, remove_own
 from adapterkit.errors import NotFound
 
 _WORKING = re.compile(r"\.(.+)\.(partial|replaced)")
@@ -54,19 +54,22 @@ def sweep_folder(where: Path, *, keep_days: float = 1.0, apply: bool = False) ->
         NotFound: there is no such folder, nor anything of an output of that name.
     """
     named = sorted(_named(where))
-    if not named and not where.exists():
+    if not named and not os.path.exists(where):
         raise NotFound(f"{where} does not exist", "give a folder, an output, or an address like s3://bucket/folder")
     found = [path for path in named if _is_left(path, time.time() - keep_days * 86400)]
-    kept = [path for path in found if apply and not _take_away(path)]
+    kept = [path for path in found if apply and not _take_away(path, where)]
     return SweptFolder(str(where), tuple(map(str, found)), tuple(map(str, kept)), apply)
 
 
-def _take_away(path: Path) -> bool:
+def _take_away(path: Path, where: Path) -> bool:
     """Take away something that was left; False where somebody is at it by now, or the system refuses. An output that was being
-    replaced is put right first."""
+    replaced is put right first; if its name is too long to stand in ours, only where it was asked for by that name."""
     name = _WORKING.fullmatch(path.name)
     if name is not None and name[2] == "replaced":
-        recover(path.with_name(name[1]))
+        asked = path == hidden_folder(where, "replaced")
+        if not asked and may_be_shortened(name[1]):
+            return False
+        recover(where if asked else path.with_name(name[1]))
         return not os.path.lexists(path)
     if not path.is_dir():
         try:
@@ -79,11 +82,9 @@ def _take_away(path: Path) -> bool:
 
 def _named(where: Path) -> Iterator[Path]:
     """Files and folders that are called as a run calls its own; no link is followed."""
-    if where.parent.is_dir():
-        for one in where.parent.iterdir():
-            found = _WORKING.fullmatch(one.name)
-            if found is not None and found[1] == where.name:
-                yield one
+    if where.name:  # by their names alone: a folder above may be closed to listing, as /home often is
+        beside = [hidden_folder(where, kind) for kind in ("partial", "replaced")]
+        yield from (one for one in beside if os.path.lexists(one))
     for folder, names, files in os.walk(where):
         ours = [name for name in names if any(kind.fullmatch(name) for kind in (_WORKING, _PROBE, _LENT))]
         yield from (Path(folder, name) for name in (*ours, *(name for name in files if _FILE.fullmatch(name))))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,12 @@ from adapterkit.checkpoint.hub_bytes import git_blob
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError
 from adapterkit.hub.files import allowed
-from adapterkit.registry.home import Home, entries, open_home
+from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.names import check_name, check_path
 from adapterkit.registry.record import BESIDE, Origin, Record
 from adapterkit.registry.register import register
 
 PARALLEL = 8
-_OLD = 86400.0  # seconds after which the folder of a pull belongs to one that was killed
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,8 @@ def _fetch(repo: str, commit: str, path: str, sibling: Any, folder: Path) -> Non
 
 def pulling_folder(at: Home, nbytes: int, ref: str) -> Path:
     """A folder on the disk of the registry, so that files become blobs by a link; those of killed pulls are taken away."""
-    top = at.root / "pulling"
+    top = at.room_to_pull()
     with disk.writing("a download", at.root):
-        top.mkdir(exist_ok=True)
-        for entry in entries(top):
-            if time.time() - entry.stat(follow_symlinks=False).st_mtime > _OLD:
-                shutil.rmtree(entry.path, ignore_errors=True)
         free = shutil.disk_usage(top).free
         if nbytes > free:
             raise OutputError(

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit import disk
 from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from adapterkit.registry.record import Record
 
 IN_STORE = "from"  # key of a version's text: the address that its files came from
-PULLING = "pulling"  # folder of the registry for what comes from elsewhere
 
 
 @takes(RegisterRequest)
@@ -102,11 +100,8 @@ def _register_stored(request: RegisterRequest, address: Address) -> Registered:
     where they came from."""
     at = open_home(request.folder)
     at.create()
-    room = at.root / PULLING
-    with disk.writing("a download", at.root):
-        room.mkdir(exist_ok=True)
     meta = {IN_STORE: str(address), **request.texts}
-    with copied(address, room) as here:
+    with copied(address, at.room_to_pull()) as here:
         return _register(replace(request, path=here, meta=meta, link=True))
 
 

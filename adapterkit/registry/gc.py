@@ -17,13 +17,12 @@ from pathlib import Path
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, RegistryError
 from adapterkit.registry import store
-from adapterkit.registry.home import Home, entries, open_home, read_file
+from adapterkit.registry.home import OLD, Home, entries, open_home, read_file
 from adapterkit.registry.names import is_name
 from adapterkit.registry.record import FileEntry, Record
 from adapterkit.registry.remaking import OPERATIONS, TEMPORARY, can_drop, is_recipe, parent_ref
 
 KEEP_DAYS = 14.0
-_TEMPORARY_SECONDS = 86400.0
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,9 @@ def _wanted(at: Home, removed_before: float, begun: Collection[str]) -> tuple[se
 
 def _old_temporary(at: Home, now: float) -> list[Path]:
     """Temporary files that no living writer can still use, and folders in which a killed one made versions again."""
-    found = [Path(entry.path) for folder in (at.staging, at.incoming) for entry in entries(folder)]
+    found = [Path(entry.path) for folder in (at.staging, at.incoming, at.pulling) for entry in entries(folder)]
     found += [Path(entry.path) for entry in entries(at.root) if entry.name.startswith(TEMPORARY)]
-    return [path for path in found if now - _newest(path) > _TEMPORARY_SECONDS]
+    return [path for path in found if now - _newest(path) > OLD]
 
 
 def _newest(path: Path) -> float:

@@ -13,6 +13,7 @@
     served/                       what servers were told to serve, with history
     quarantine/                   what fsck moved out of the way
     staging/, incoming/           temporary files of records and of blobs
+    pulling/                      a folder for each fetch from elsewhere, until it is registered
     locks/                        files to lock; a ``.turn`` beside each for those who wait
     index.db                      SQLite, rebuilt from the rest at any time
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,6 +38,7 @@ from adapterkit.registry.names import check_alias, check_name, check_sha256, is_
 from adapterkit.values import dataclass
 
 LAYOUT = b"adapterkit registry 1\n"
+OLD = 86400.0  # seconds after which what is temporary belongs to a run that was killed
 FOLDERS = (
     "objects/sha256",
     "records",
@@ -89,6 +92,25 @@ class Home:
     @property
     def incoming(self) -> Path:
         return self.root / "incoming"
+
+    @property
+    def pulling(self) -> Path:
+        return self.root / "pulling"
+
+    def room_to_pull(self) -> Path:
+        """The folder to fetch into, so that files become blobs by a link. What killed runs left in it is taken away.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        import shutil
+
+        with disk.writing("a download", self.root):
+            self.pulling.mkdir(exist_ok=True)
+            for entry in entries(self.pulling):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > OLD:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+        return self.pulling
 
     @property
     def quarantine(self) -> Path:

@@ -8,8 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from adapterkit.errors import UsageError
-from adapterkit.requests.groups import RUNNING
-from adapterkit.requests.option import CALL, FLAG, INPUT, PATH, REF, SWITCH, TEXT, WHOLE, InHome, Request, opt
+from adapterkit.ops.device import CPU
+from adapterkit.requests.groups import MODEL_WHERE, RUNNING
+from adapterkit.requests.option import (
+    CALL,
+    DEVICE,
+    DEVICES,
+    FLAG,
+    INPUT,
+    PATH,
+    REF,
+    SWITCH,
+    TEXT,
+    WHOLE,
+    InHome,
+    Request,
+    opt,
+)
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -73,7 +88,7 @@ class EvaluateRequest(InHome, Request):
         metadata=opt("Put prompts into the tokenizer's chat template.", FLAG, group=TASKS),
     )
     batch_size: str = field(default="1", kw_only=True, metadata=opt("A number, or auto.", group=RUNNING))
-    device: str = field(default="cpu", kw_only=True, metadata=opt("cpu, cuda, cuda:1, mps.", group=RUNNING))
+    device: str = field(default=CPU, kw_only=True, metadata=opt(MODEL_WHERE, DEVICE, group=RUNNING, metavar=DEVICES))
     dtype: str = field(
         default="auto", kw_only=True, metadata=opt("What weights are loaded as, in transformers' words.", group=RUNNING)
     )

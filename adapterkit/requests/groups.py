@@ -557,6 +557,7 @@ class GGUFOutput(Request):
             raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
 
 
+MODEL_WHERE = "Where the model runs: cpu, cuda (of several cuda:1) or mps."
 WHERE = "Where blocks are computed: cpu, cuda (of several cuda:1) or mps."
 
 

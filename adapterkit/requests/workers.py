@@ -184,6 +184,12 @@ def parse_rate(text: str) -> float:
     return rate if found[3] == "B" else rate / 8
 
 
+ON_DEVICE = (
+    "Compute on this device instead of the plan's: cpu, cuda (of several cuda:1) or mps. This makes another plan of it: "
+    "parts that are done of the old one are not used."
+)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class RunRequest(OnWorkers):
     """A saved plan that is executed by workers."""
@@ -222,9 +228,7 @@ class RunRequest(OnWorkers):
         default=None,
         kw_only=True,
         metadata=opt(
-            "Compute on this device instead of the plan's: cpu, cuda (of several cuda:1) or mps. This makes another plan of "
-            "it: parts that are done of the old one are not used.",
-            DEVICE, group=RUNNING, metavar=DEVICES, elsewhere=_HERE,
+            ON_DEVICE, DEVICE, group=RUNNING, metavar=DEVICES, elsewhere=_HERE,
         ),
     )  # fmt: skip
     task: int | None = field(

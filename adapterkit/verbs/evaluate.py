@@ -27,6 +27,7 @@ from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.disk import open_regular, read_regular
 from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, how_it_ended, option
+from adapterkit.ops.device import check_there
 from adapterkit.packages import need
 from adapterkit.places import address_of
 from adapterkit.registry.evaluation import BASE, SELF, SHUFFLED, ZEROS
@@ -94,7 +95,7 @@ def evaluate(request: EvaluateRequest) -> EvaluateReport:
     """Run lm-evaluation-harness and keep its figures as evidence.
 
     Raises:
-        UsageError: the harness is not installed, or a base is not given that is needed.
+        UsageError: the harness is not installed, there is no such device, or a base is not given that is needed.
         UnsupportedAdapter: transformers cannot load such an adapter; or no null adapter can be made of it.
         CheckpointError: a file changed while the harness ran.
         CheckFailed: the bytes of a base from the Hub are not those of its commit.
@@ -104,6 +105,7 @@ def evaluate(request: EvaluateRequest) -> EvaluateReport:
     from adapterkit.registry.evidence import attach_evaluation
     from adapterkit.results import read_results
 
+    check_there(request.device)  # the harness would run on another one
     need("lm_eval", what="evaluate runs the tasks of lm-evaluation-harness", tried=False)
     home = request.folder
     record, path = _found(request.ref, home)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
 
 Progress = Callable[[int, int], None]
@@ -90,7 +92,6 @@ def imatrix(
     from adapterkit.bases import open_model
     from adapterkit.checkpoint.files import check_unchanged
     from adapterkit.checkpoint.publish import check_output
-    from adapterkit.checkpoint.write import Writing, write_together
     from adapterkit.gguf.activations import in_gguf
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.plan import plan_gguf
@@ -98,9 +99,10 @@ def imatrix(
     started = time.monotonic()
     check_there(device)
     place = writable(out, "the output", "file")
+    again = partial(imatrix, text=text, chunk=chunk, chunks=chunks, dtype=dtype, device=device, progress=progress)
     if isinstance(place, Address):
         with making(place, force=force) as path:
-            made = imatrix(model, text, path, chunk=chunk, chunks=chunks, dtype=dtype, device=device, progress=progress)
+            made = again(model, out=path)
         return replace(made, out=str(place))
     if chunk < 2:
         raise UsageError(f"a chunk of {chunk} tokens says nothing", f"use {option('chunk', 512)}")
@@ -111,34 +113,14 @@ def imatrix(
         # transformers loads folders of this machine, also where a file in one is named.
         name = address.name if address.suffix == ".safetensors" else ""
         with copied(address.parent if name else address, wanted=lambda one: _is_loaded(one, alone=bool(name))) as lent:
-            found_here = imatrix(
-                lent / name,
-                text,
-                place,
-                chunk=chunk,
-                chunks=chunks,
-                dtype=dtype,
-                device=device,
-                force=force,
-                progress=progress,
-            )
+            found_here = again(lent / name, out=place, force=force)
         return replace(found_here, model=str(address), seconds=time.monotonic() - started)
     opened = open_model(model)
     if isinstance(opened, GGUFCheckpoint):
         nothing = _layout({}, [str(text)], 0, chunk)
         check_output(plan_gguf(nothing), opened.sources, place, force=force)  # before a folder is made for nothing
         with _as_folder(model, place) as folder:
-            found_there = imatrix(
-                folder,
-                text,
-                out,
-                chunk=chunk,
-                chunks=chunks,
-                dtype=dtype,
-                device=device,
-                force=force,
-                progress=progress,
-            )
+            found_there = again(folder, out=out, force=force)
         return replace(found_there, model=opened.ref, seconds=time.monotonic() - started)
     names, shapes, arrays = _maps(opened)
     # The plan is made again when the values are there; this one has the same sizes, and finds out what cannot be written.
@@ -152,9 +134,7 @@ def imatrix(
             f"{opened.ref}: nothing was seen of its weights", "give the model in 16 bits, not quantized by a library"
         )
     layout = _layout(found, [str(text)], done, chunk)
-    planned = plan_gguf(layout, request={"verb": "imatrix"})
-    tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
-    write_together([Writing(planned, tensors, (), place)], force=[force])
+    _write(layout, (), place, force)
     missing = tuple(name for name in arrays if name not in found)
     notes: tuple[str, ...] = (
         () if not missing else (f"{len(missing)} weights were not seen, as {missing[0]}; they get no values",)
@@ -199,9 +179,7 @@ def added(files: Sequence[str | Path | Address], out: str | Path | Address, *, f
         UsageError: fewer than two.
         OutputError
     """
-    from adapterkit.checkpoint.write import Writing, write_together
     from adapterkit.gguf.importance import add_up
-    from adapterkit.gguf.plan import plan_gguf
 
     started = time.monotonic()
     if len(files) < 2:
@@ -213,9 +191,7 @@ def added(files: Sequence[str | Path | Address], out: str | Path | Address, *, f
         return replace(made, out=str(place))
     sums = add_up([brought(one) for one in files])
     layout = _layout(sums.found, sums.datasets, sums.chunks, sums.chunk)
-    planned = plan_gguf(layout, request={"verb": "imatrix"})
-    tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
-    write_together([Writing(planned, tensors, sums.sources, place)], force=[force])
+    _write(layout, sums.sources, place, force)
     seconds = time.monotonic() - started
     text = ", ".join(sums.datasets)
     return ImatrixReport("", str(out), text, len(sums.found), sums.chunks, sums.chunk, seconds=seconds)
@@ -293,6 +269,15 @@ def _zeros(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 
     matrices = shape[0] if len(shape) == 3 else 1
     return torch.zeros(matrices, shape[-1]), torch.zeros(matrices)
+
+
+def _write(layout: Any, sources: Sequence[Source], place: Path, force: bool) -> None:
+    from adapterkit.checkpoint.write import Writing, write_together
+    from adapterkit.gguf.plan import plan_gguf
+
+    tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
+    planned = plan_gguf(layout, request={"verb": "imatrix"})
+    write_together([Writing(planned, tensors, tuple(sources), place)], force=[force])
 
 
 def _layout(found: dict[str, tuple[torch.Tensor, torch.Tensor]], texts: Sequence[str], done: int, chunk: int) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.cut import shares
-from adapterkit.checkpoint.plan import MOST_PLAN, Plan
+from adapterkit.checkpoint.plan import read_plan
 from adapterkit.errors import CheckpointError, OutputError, StoreError, UsageError, option
 from adapterkit.places import here
 from adapterkit.requests.call import takes
@@ -79,9 +79,7 @@ def run(request: RunRequest) -> RunReport:
         MissingPackage: Ray is not installed.
     """
     started = time.monotonic()
-    plan = on_device(
-        Plan.from_json(disk.read_regular(brought(request.plan), MOST_PLAN, str(request.plan))), request.device
-    )
+    plan = on_device(read_plan(request.plan), request.device)
     opened = OpenPlan(plan, request.target or "", part_size(request, plan))
     told = RunReport(str(request.plan), str(request.out or ""), "", 0, len(opened.parts), nbytes=plan.nbytes)
     if request.dry_run:

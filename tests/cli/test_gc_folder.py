@@ -91,3 +91,41 @@ def test_every_name_that_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not partial_folder(place / "whole").exists()
     assert gc(place / "nothing") == 7
     assert "nothing does not exist; give a folder, an output, or an address" in capsys.readouterr().err
+
+
+def test_below_a_folder_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As homes of users lie below one that is open for passing through alone; of a long name, ours repeat the beginning."""
+    out = tmp_path / "above" / ("out" * 80)
+    for lost in (partial_folder(out), partial_folder(out / "inner")):
+        lost.mkdir(parents=True)
+        lost.chmod(0o1755)
+    listed, scanned = os.listdir, os.scandir
+
+    def check(path: object) -> None:
+        if str(path) == str(out.parent):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", lambda path=".": (check(path), listed(path))[1])
+    monkeypatch.setattr(os, "scandir", lambda path=".": (check(path), scanned(path))[1])
+    assert gc(out, "--keep-days", "0", "--json") == 0
+    left = json.loads(capsys.readouterr().out)["left"]
+    assert left == sorted(map(str, (partial_folder(out), partial_folder(out / "inner"))))
+
+
+@pytest.mark.parametrize("name", ["out" * 80, "ü" * 120])
+def test_an_output_of_a_long_name_is_put_back_under_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours repeats the beginning of the name alone, so it does not say what the output was called."""
+    aside = partial_folder(tmp_path / name).with_suffix(".replaced")
+    (aside / "old").mkdir(parents=True)
+    aside.chmod(0o1755)
+    (aside / "old" / "weights").write_text("w")
+    assert gc(tmp_path, "--keep-days", "0", "--apply", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["left"] == found["kept"] == [str(aside)]
+    assert gc(tmp_path / name, "--keep-days", "0", "--apply") == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "weights").read_text() == "w"

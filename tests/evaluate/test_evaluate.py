@@ -177,6 +177,11 @@ def test_what_is_refused(home: Path, told: Path, base: Path, adapter: Path, tmp_
         evaluate("nowhere", "tickets")
     with pytest.raises(UsageError, match="only an adapter has null adapters"):
         evaluate(base, "tickets", null=True)
+    # The harness computes on another device where it does not have the one that is named.
+    with pytest.raises(UsageError, match="cuda:99"):
+        evaluate(base, "tickets", device="cuda:99")
+    with pytest.raises(UsageError, match="cudda"):
+        evaluate(base, "tickets", device="cudda")
     config = adapter / "adapter_config.json"
     said = json.loads(config.read_text())
     config.write_text(json.dumps({**said, "use_dora": True}))

@@ -228,6 +228,16 @@ def test_refused(tmp_path: Path, tokenizer: str, words: Path) -> None:
     assert not (tmp_path / "other.gguf").exists()
 
 
+@pytest.mark.parametrize("option", ["--chunk=8", "--chunks=2", "--dtype=f32", "--device=cpu"])
+def test_options_of_running_a_model_are_refused_where_none_is_run(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["imatrix", "--in-file", "a.gguf", "--in-file", "b.gguf", option, "-o", str(tmp_path / "both.gguf")])
+    assert ended.value.code == 2
+    assert f"{option.partition('=')[0]} has no meaning with --in-file" in capsys.readouterr().err
+
+
 def test_matrices_added_up(tmp_path: Path, tokenizer: str, words: Path) -> None:
     """Sums and counts of two texts, of dense layers and of stacks, as a runtime reads them."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}

@@ -263,11 +263,14 @@ def test_gc_refuses_while_a_record_cannot_be_read(filled: Path, damage: str) -> 
 def test_gc_takes_old_temporary_files_only(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (filled / "incoming/half").write_bytes(b"x")
     (filled / "staging/half").write_bytes(b"x")
+    (filled / "pulling/killed").mkdir(parents=True)
+    (filled / "pulling/killed/weights").write_bytes(b"x")
     assert len(fsck.fsck().notes) == 2
     assert gc.gc(apply=True).temporary == 0
     age(filled, monkeypatch, 2)
-    assert gc.gc(apply=True).temporary == 2
+    assert gc.gc(apply=True).temporary == 3
     assert fsck.fsck().notes == ()
+    assert not list((filled / "pulling").iterdir())
 
 
 def test_gc_takes_folders_in_which_a_killed_one_made_versions_again(

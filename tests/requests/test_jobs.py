@@ -94,6 +94,11 @@ def test_a_plan_without_parts_says_so(place: Path, monkeypatch: pytest.MonkeyPat
     plan = replace(plan, request={**plan.request, "staged": True})  # as of an adapter whose factors are computed first
     with pytest.raises(UsageError, match="no parts"):
         adapterkit.execute(plan, place / "out", part=0)
+    # Whoever has no llm-compressor is not sent to install it: it would not help.
+    for many in ({"on": "local", "out": "q"}, {"workers": 2, "dry_run": True}):
+        with pytest.raises(UsageError, match="awq is written by llm-compressor") as refused:
+            adapterkit.convert("base", to="awq", compressor="nowhere", **many)
+        assert next(iter(many)) in refused.value.hint
 
 
 @pytest.mark.parametrize("verb", ["combine", "resize", "extract"])

@@ -272,6 +272,10 @@ def values_of(data: bytes) -> dict[str, bytes]:
 
 def test_versions_come_from_a_store(s3: Proxy, there: str, home: Path) -> None:
     here = register("in/a1", "here", base="in/base").record
+    killed = home / "pulling" / "adapterkit-abcd_123"
+    killed.mkdir(parents=True)
+    (killed / "model.safetensors").write_bytes(b"half")
+    os.utime(killed, (0, 0))
     stored = register(f"{there}/a1", "there", base=f"{there}/base").record
     assert (stored.content, stored.base, stored.kind) == (here.content, here.base, here.kind)
     assert stored.meta["from"] == f"{there}/a1"

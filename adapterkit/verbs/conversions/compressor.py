@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,6 +147,11 @@ NOTHING = plan_file("nothing", [], {})
 
 
 def _planned(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
+    many = next((name for name in ("on", "workers") if getattr(asked, name) is not None), None)
+    if many is not None:  # said before what may be missing here, which would not help
+        from adapterkit.verbs.execute import no_parts
+
+        raise no_parts(replace(NOTHING, request={"to": kind}), f"leave out {option(many)}")
     opened = open_folder(asked, kind)
     _calibration(asked)
     if dequantized(opened) is not opened:
