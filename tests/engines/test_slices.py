@@ -236,8 +236,13 @@ def test_every_part_of_a_conversion_by_itself_has_the_bytes_of_a_whole_run(
     assert whole == (count if kind in OF_ALL else 0), caplog.text
 
 
-@pytest.mark.parametrize("option, before, after", [("metadata", '{"general.author": "a"}', '{"general.author": "b"}'),
-                                                   ("tensor_type_file", "ffn_up=Q8_0", "ffn_up=Q4_0")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "before", "after"),
+    [
+        ("metadata", '{"general.author": "a"}', '{"general.author": "b"}'),
+        ("tensor_type_file", "ffn_up=Q8_0", "ffn_up=Q4_0"),
+    ],
+)
 def test_a_file_that_an_option_names_is_named_when_it_changes(
     option: str, before: str, after: str, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
