@@ -202,8 +202,8 @@ def proxied(server: str) -> Iterator[Proxy]:
                 return
             if isinstance(what, tuple):
                 said = f"<Error><Code>{what[1]}</Code><Message>spoilt</Message></Error>".encode()
+                self._note(asked, what[0], len(said))  # before the answer: who has it counts at once
                 self._answer(what[0], {"Content-Type": "application/xml"}, said)
-                self._note(asked, what[0], len(said))
                 return
             if what == FLIP_UP and body:
                 body = bytes([body[0] ^ 1]) + body[1:]
