@@ -16,7 +16,7 @@ import adapterkit
 from adapterkit.cli import app
 from adapterkit.errors import NotFound, OutputError
 from adapterkit.verbs import doctor as module
-from adapterkit.verbs.doctor import _kind, _quotas, cores, doctor
+from adapterkit.verbs.doctor import _kind, doctor
 
 FEW = 1 << 20
 
@@ -82,25 +82,6 @@ def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with pytest.raises(OutputError, match=r"cannot be written to \(Read-only file system\)"):
         doctor(tmp_path, tried=FEW)
-
-
-def test_a_container_may_have_fewer_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By cpu(7) of cgroups: version 2 has `cpu.max`, version 1 two files, and the smallest share counts."""
-    own = tmp_path / "own"
-    own.write_text("0::/box/inner\n")
-    inner = tmp_path / "groups/box/inner"
-    inner.mkdir(parents=True)
-    (inner / "cpu.max").write_text("max 100000\n")
-    (inner.parent / "cpu.max").write_text("150000 100000\n")
-    assert _quotas(tmp_path / "groups", own) == [1.5]
-    own.write_text("4:cpu,cpuacct:/old\n3:memory:/old\n")
-    old = tmp_path / "groups/cpu/old"
-    old.mkdir(parents=True)
-    (old / "cpu.cfs_quota_us").write_text("50000\n")
-    (old / "cpu.cfs_period_us").write_text("100000\n")
-    assert _quotas(tmp_path / "groups", own) == [0.5]
-    monkeypatch.setattr(module, "_quotas", lambda: [0.5])
-    assert cores() == 1
 
 
 def test_the_build_with_cuda_on_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

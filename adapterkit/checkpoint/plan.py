@@ -7,7 +7,6 @@ too, and gives the same bytes. Nothing but headers is needed to make one.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
 from adapterkit.checkpoint.header import HASHES, build_header, with_room
+from adapterkit.checkpoint.limits import cores
 from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of, to_text
@@ -61,8 +61,8 @@ def parse_size(text: str) -> int:
 
 
 def default_jobs() -> int:
-    """Worker threads when the user names no number: the processors this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Worker threads when the user names no number: the cores this process may use, at most 8."""
+    return min(8, cores())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.cut import whole_files
-from adapterkit.checkpoint.memory import check_memory
+from adapterkit.checkpoint.limits import check_memory
 from adapterkit.checkpoint.objects import window_memory
 from adapterkit.checkpoint.schedule import sent_at_once
 from adapterkit.checkpoint.sink import run_together

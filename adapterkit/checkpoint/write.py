@@ -16,7 +16,7 @@ from adapterkit.checkpoint.files import check_unchanged, states_here
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.hashes import fill
 from adapterkit.checkpoint.journal import CLAIM, Journal, forget_parts
-from adapterkit.checkpoint.memory import check_memory
+from adapterkit.checkpoint.limits import check_memory
 from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (

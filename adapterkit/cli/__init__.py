@@ -304,7 +304,7 @@ def _run(given: list[str]) -> Any:
         if isinstance(error, OSError) and error.filename is not None:  # a path of the user's own, as in --save-plan
             text = f"{error.filename} cannot be used ({error.strerror})"
             sys.exit(fail(given, 1, "OSError", text, "check the path and its permissions"))
-        from adapterkit.checkpoint.memory import cramped
+        from adapterkit.checkpoint.limits import cramped
 
         if no_memory(error) or cramped():
             sentence = out_of_memory(error, cramped())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit._version import __version__
-from adapterkit.checkpoint.memory import memory_limit
+from adapterkit.checkpoint.limits import cores, memory_limit
 from adapterkit.disk import calls, copy_range, fsync, reflink, write_all
 from adapterkit.errors import NotFound, OutputError, option
 from adapterkit.ops.device import devices
@@ -205,34 +205,6 @@ def _machine(extras: tuple[DoctorExtra, ...]) -> DoctorMachine:
         gpus=gpus,
         encoders="compiled" if compiled else "torch",
     )
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([count, *(max(1, round(share)) for share in _quotas())])
-
-
-def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """Cores that the control groups of this process allow it, version 1 and 2."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in own.read_text().splitlines():
-            _, _, rest = line.partition(":")
-            kinds, _, path = rest.partition(":")
-            if kinds and "cpu" not in kinds.split(","):
-                continue
-            top = root / "cpu" if kinds else root
-            place = top / path.lstrip("/")
-            for folder in (place, *place.parents):
-                if not folder.is_relative_to(top):
-                    break
-                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if kinds else ("cpu.max",)
-                with contextlib.suppress(OSError, ValueError):
-                    quota, period = " ".join((folder / name).read_text() for name in names).split()
-                    if quota not in ("max", "-1"):
-                        found.append(int(quota) / int(period))
-    return found
 
 
 def _processor() -> str:

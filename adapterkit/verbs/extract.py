@@ -20,7 +20,7 @@ from adapterkit.adapters.target import Target, transposed
 from adapterkit.adapters.ties import is_tied
 from adapterkit.adapters.write_peft import Extras, InMemory, peft_config
 from adapterkit.bases import open_base
-from adapterkit.checkpoint.memory import check_memory
+from adapterkit.checkpoint.limits import check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.errors import CheckpointError, TargetError

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.memory import IN_TRANSFORMERS, MAPPED, check_memory
+from adapterkit.checkpoint.limits import IN_TRANSFORMERS, MAPPED, check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
 from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.ops.device import CPU, check_there

@@ -197,11 +197,11 @@ def test_memory_holds_what_is_on_its_way(
     adapterkit.merge(base, adapter, save_plan=tmp_path / "plan.json", jobs=2)
     peak = json.loads((tmp_path / "plan.json").read_text())["peak_memory"]
     need = peak + (8 + 2) * (16 << 20)
-    monkeypatch.setattr("adapterkit.checkpoint.memory._limits", lambda: [(need - 1, "a test")])
+    monkeypatch.setattr("adapterkit.checkpoint.limits._limits", lambda: [(need - 1, "a test")])
     with pytest.raises(OutOfMemory, match="a test allows"):
         adapterkit.merge(base, adapter, out, jobs=2)
     assert left(s3, place) == ([], 0)
-    monkeypatch.setattr("adapterkit.checkpoint.memory._limits", lambda: [(need, "a test")])
+    monkeypatch.setattr("adapterkit.checkpoint.limits._limits", lambda: [(need, "a test")])
     adapterkit.merge(base, adapter, out, jobs=2)
     for target, more in ((out + "-2", 10), (tmp_path / "out", 8)):
         text = tmp_path / "task.sh"

@@ -16,7 +16,7 @@ import pytest
 from models import plain_adapter, plain_base
 
 import adapterkit
-from adapterkit.checkpoint import files, memory, sink
+from adapterkit.checkpoint import files, limits, sink
 from adapterkit.cli import app
 from adapterkit.errors import AdapterkitError, CheckpointError, OutOfMemory, OutputError, no_memory
 from adapterkit.ops import threads
@@ -118,30 +118,30 @@ def test_the_ways_in_which_libraries_say_it(error: BaseException) -> None:
 
 
 def test_limits_of_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_OF_PROCESS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "fs")
-    monkeypatch.setattr(memory, "_of_process", list)
-    assert memory.memory_limit() is None
+    monkeypatch.setattr(limits, "OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(limits, "GROUPS", tmp_path / "fs")
+    monkeypatch.setattr(limits, "_of_process", list)
+    assert limits.memory_limit() is None
     deep = tmp_path / "fs" / "pod" / "box"
     deep.mkdir(parents=True)
     (tmp_path / "cgroup").write_text("0::/pod/box\n")
     (deep / "memory.max").write_text("max\n")
-    assert memory.memory_limit() is None
+    assert limits.memory_limit() is None
     (tmp_path / "fs" / "pod" / "memory.max").write_text("500000000\n")
-    assert memory.memory_limit() == (500_000_000, "the control group of this process (a container, perhaps)")
+    assert limits.memory_limit() == (500_000_000, "the control group of this process (a container, perhaps)")
     (tmp_path / "fs" / "memory" / "v1").mkdir(parents=True)
     (tmp_path / "cgroup").write_bytes(b"0::/pod/box\n5:cpu,memory:/v1/deep\n1:name=systemd:/x\xff\nodd\n")
     (tmp_path / "fs" / "memory" / "v1" / "memory.limit_in_bytes").write_text("400000000\n")
-    assert memory.memory_limit()[0] == 400_000_000  # type: ignore[index]
+    assert limits.memory_limit()[0] == 400_000_000  # type: ignore[index]
     (tmp_path / "fs" / "memory" / "v1" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert memory.memory_limit()[0] == 500_000_000  # type: ignore[index]
+    assert limits.memory_limit()[0] == 500_000_000  # type: ignore[index]
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_the_first_byte(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for limit, words in ((100, "ulimit -v"), (700, "ulimit -v"), (100, "the container")):
-        monkeypatch.setattr(memory, "_limits", lambda: [(limit * 10**6, words)])  # noqa: B023
+        monkeypatch.setattr(limits, "_limits", lambda: [(limit * 10**6, words)])  # noqa: B023
         kind = "virtual memory" if words == "ulimit -v" else "memory"
         with pytest.raises(OutOfMemory, match=rf"needs about \d+ MB of {kind}, and {words} allows {limit} MB"):
             adapterkit.merge(inputs[0], [inputs[1]], tmp_path / "out")
@@ -175,11 +175,11 @@ def test_verbs_that_compute_before_they_write_say_it_first(
         "verify": [str(base), "--base", str(base), "--adapter", str(adapter)],
         "imatrix": [str(base), "--text", str(tmp_path / "text"), "-o", str(tmp_path / "out.gguf")],
     }[verb]
-    monkeypatch.setattr(memory, "_limits", lambda: [(400_000_000, memory.ADDRESSES)])
+    monkeypatch.setattr(limits, "_limits", lambda: [(400_000_000, limits.ADDRESSES)])
     with pytest.raises(OutOfMemory, match="virtual memory, and ulimit -v allows 400 MB"):
         app.main([verb, *words], standalone_mode=False)
     if verb != "extract":  # transformers is loaded too
-        monkeypatch.setattr(memory, "_limits", lambda: [(1_000_000_000, memory.ADDRESSES)])
+        monkeypatch.setattr(limits, "_limits", lambda: [(1_000_000_000, limits.ADDRESSES)])
         with pytest.raises(OutOfMemory, match="virtual memory, and ulimit -v allows 1,000 MB"):
             app.main([verb, *words], standalone_mode=False)
 

@@ -191,7 +191,7 @@ def opened(request: VerifyRequest) -> OpenVerification:
     """Open what is compared, and plan the merge that MERGED claims to be; see `verify`."""
     from adapterkit.adapters.adapter import Adapter as Loaded
     from adapterkit.bases import open_change
-    from adapterkit.checkpoint.memory import IN_TRANSFORMERS, MAPPED, check_memory
+    from adapterkit.checkpoint.limits import IN_TRANSFORMERS, MAPPED, check_memory
     from adapterkit.checkpoint.plan import BASELINE_MEMORY
     from adapterkit.verbs.verify.inputs import asked, open_inputs, same_as_recorded
     from adapterkit.verbs.verify.metadata import check_keys

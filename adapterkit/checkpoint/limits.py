@@ -1,18 +1,29 @@
-"""How much memory this process may use, and whether a plan fits into it."""
+"""How many cores and how much memory this process may use, and whether a plan fits into it."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from adapterkit.errors import OutOfMemory
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OF_PROCESS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+OF_PROCESS = Path("/proc/self/cgroup")
+
 ADDRESSES = "ulimit -v"
 MAPPED = 550_000_000  # bytes of addresses beyond the memory that is used; measured with torch 2.9 on two threads
 IN_TRANSFORMERS = 340_000_000  # and where transformers is loaded, with all that it brings; measured with 5.24
 _FEW = 4_000_000_000
 _NONE = 1 << 60  # what cgroups of version 1 say where there is no limit, and more
+
+
+def cores() -> int:
+    """How many cores this process may use: those that it may run on, or fewer where a control group has a quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = [text.split() for text in _said("cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    quotas = [int(one[0]) / int(one[1]) for one in shares if len(one) == 2 and one[0].isdigit() and one[1].isdigit()]
+    return min([count, *(max(1, round(quota)) for quota in quotas)])
 
 
 def memory_limit() -> tuple[int, str] | None:
@@ -68,28 +79,35 @@ def _of_process() -> list[tuple[int, str]]:
 
 
 def _of_groups() -> list[tuple[int, str]]:
+    found = [int(text) for text in _said("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()]
+    return [(size, "the control group of this process (a container, perhaps)") for size in found if size < _NONE]
+
+
+def _said(kind: str, name: str, *old: str) -> Iterator[str]:
+    """What a limit's file holds, in each control group of this process and in those around it (Linux; what containers have).
+
+    Args:
+        kind: the controller of version 1, such as "cpu".
+        name: the file of version 2.
+        old: the files of version 1; their texts are joined by a space.
+
+    Source: cgroups(7); cgroup-v2.rst and cgroup-v1 of the kernel's documentation.
+    """
     try:
-        lines = _OF_PROCESS.read_text(errors="surrogateescape").splitlines()
+        lines = OF_PROCESS.read_text(errors="surrogateescape").splitlines()
     except OSError:
-        return []
-    found = []
+        return
     for line in lines:
         _, _, rest = line.partition(":")
         kinds, _, path = rest.partition(":")
-        if kinds == "":
-            root, name = _CGROUPS, "memory.max"
-        elif "memory" in kinds.split(","):
-            root, name = _CGROUPS / "memory", "memory.limit_in_bytes"
-        else:
+        if kinds and kind not in kinds.split(","):
             continue
-        place = root / path.lstrip("/")
+        top, names = (GROUPS / kind, old) if kinds else (GROUPS, (name,))
+        place = top / path.lstrip("/")
         for folder in (place, *place.parents):
-            if not folder.is_relative_to(root):
+            if not folder.is_relative_to(top):
                 break
             try:
-                said = (folder / name).read_text().strip()
-            except OSError:
+                yield " ".join((folder / one).read_text().strip() for one in names)
+            except OSError:  # this group sets no such limit
                 continue
-            if said.isdigit() and int(said) < _NONE:
-                found.append((int(said), "the control group of this process (a container, perhaps)"))
-    return found
