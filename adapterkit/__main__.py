@@ -1,5 +1,5 @@
 """`python -m adapterkit`"""
 
-from adapterkit.cli import main
+from adapterkit.cli.ending import run
 
-main()
+run()

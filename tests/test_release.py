@@ -241,7 +241,7 @@ def test_the_conda_recipe_says_what_pyproject_says() -> None:
     assert {f"{other.get(one.name, one.name)} >={one.least}" for one in wanted} == set(
         recipe["requirements"]["run_constrained"]
     )
-    assert recipe["build"]["entry_points"] == ["adapterkit = adapterkit.cli:main"]
+    assert recipe["build"]["entry_points"] == ["adapterkit = adapterkit.cli.ending:run"]
 
 
 def test_the_source_is_python_3_10() -> None:

@@ -85,7 +85,12 @@ class RequestCommand(MethodCommand):
         given = dict(ctx.params)
         own = {name: given.pop(name) for name in list(given) if name in self._own}
         named = {name: value for name, value in given.items() if was_given(ctx, name)}
-        ctx.params = {**own, "request": self._request.bound(_by_field(self._request, self._fields, named))}
+        request = self._request.bound(_by_field(self._request, self._fields, named))
+        ctx.params = {**own, "request": request}
+        if getattr(request, "writes", False) and getattr(request, "on", None) is None:
+            from adapterkit.ops.early import map_torch
+
+            map_torch()
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -36,7 +36,7 @@ class Worker:
         from adapterkit.checkpoint.plan import Plan
         from adapterkit.verbs.execute import OpenPlan
 
-        gc.set_threshold(100_000, 50, 100)  # as the command line does: a plan is many objects that all live on
+        gc.set_threshold(1_000_000, 50, 100)  # as the command line does: a plan is many objects that all live on
         try:
             Reading(**self._setting["reading"]).take()
             plan = Plan.from_json(self._setting["plan"])
