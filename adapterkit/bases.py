@@ -71,8 +71,12 @@ def open_adapter(ref: Ref, *, headers_only: bool = False) -> Adapter:
     if is_gguf(Path(ref).expanduser()) or is_object(ref, (".gguf",)):
         from adapterkit.gguf.adapter import open_gguf_adapter
 
-        return open_gguf_adapter(ref)
-    return load_adapter(ref, headers_only=headers_only)
+        found: Adapter = open_gguf_adapter(ref)
+    else:
+        found = load_adapter(ref, headers_only=headers_only)
+    for source in found.sources:
+        source.trained = True
+    return found
 
 
 def open_change(ref: Ref, *, headers_only: bool = False) -> Adapter:

@@ -92,13 +92,14 @@ def address_of(place: object) -> Address | None:
     return Address(scheme, "/".join(bucket), key)
 
 
-def local(place: str | Path, what: str) -> str | Path:
+def local(place: str | Path, what: str, hint: str = "") -> str | Path:
     """A place without ``file://``; anything with another scheme is refused by name.
 
     Without this, ``s3://bucket/x`` would be taken for a folder called ``s3:``.
 
     Args:
         what: the option that names it.
+        hint: what to do about an address; by default, to copy.
 
     Raises:
         UsageError: an address of a store, a registry or a server; or the home of a user who is not there.
@@ -112,7 +113,7 @@ def local(place: str | Path, what: str) -> str | Path:
         return unquote(re.sub(r"^file:/+", "/", str(place), flags=re.IGNORECASE))
     raise UsageError(
         f"{what} is {place}, and {found[1]}:// is neither read nor written here",
-        "give a path, and copy from or to the store with its own tool",
+        hint or "give a path, and copy from or to the store with its own tool",
     )
 
 
@@ -125,12 +126,17 @@ def readable(place: str | Path, what: str) -> str | Path:
     address = address_of(place)
     if address is not None:
         return str(address)
+    model = _hub_model(place)
+    return f"{HUB}://{model}" if model else local(place, what)
+
+
+def _hub_model(place: str | Path) -> str:
+    """The model on the Hub that an address names; nothing for any other place."""
     found = _SCHEME.match(str(place))
-    if found is not None and found[1].lower() == HUB and not _is_a_folder(str(place)):
-        rest = str(place)[found.end() :].lstrip("/")
-        if rest.split("/")[0] not in _ELSEWHERE_ON_THE_HUB and rest:
-            return f"{HUB}://{rest}"
-    return local(place, what)
+    if found is None or found[1].lower() != HUB or _is_a_folder(str(place)):
+        return ""
+    rest = str(place)[found.end() :].lstrip("/")
+    return "" if rest.split("/")[0] in _ELSEWHERE_ON_THE_HUB else rest
 
 
 def writable(place: str | Path | Address, what: str, kind: str = "folder") -> Path | Address:
@@ -145,7 +151,9 @@ def writable(place: str | Path | Address, what: str, kind: str = "folder") -> Pa
     address = address_of(place)
     if address is None:
         assert not isinstance(place, Address)
-        return Path(local(place, what))
+        model = _hub_model(place)
+        push = f"write a folder here, then: adapterkit push FOLDER {model}"
+        return Path(local(place, what, push if model else ""))
     if not address.key:
         raise UsageError(f"{what} is {address}, a whole bucket", f"name a {kind} in it, as {address}/{_EXAMPLES[kind]}")
     return address

@@ -264,3 +264,13 @@ def test_an_option_of_another_kind_of_remote_is_refused(home: Path) -> None:
         adapterkit.push("x", "org/x", move_tag=True)
     with pytest.raises(UsageError, match=r"verify=.* is for OCI registries, and hf://org/x is not"):
         adapterkit.pull("hf://org/x", verify="key.pem")
+
+
+def test_a_model_repository_as_an_output_is_refused_with_the_word_that_fills_it() -> None:
+    with pytest.raises(UsageError) as refused:
+        writable("hf://org/name", "the output")
+    assert refused.value.hint == "write a folder here, then: adapterkit push FOLDER org/name"
+    with pytest.raises(UsageError) as refused:
+        writable("hf://datasets/org/name", "the output")
+    assert refused.value.hint is not None
+    assert "push" not in refused.value.hint

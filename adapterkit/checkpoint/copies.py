@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.files import LocalFile, Source, fingerprint
+from adapterkit.checkpoint.files import LocalFile, Source
 from adapterkit.checkpoint.tensor import Stored
+from adapterkit.checkpoint.values import is_planned
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import AdapterkitError
 from adapterkit.places import address_of
@@ -60,13 +61,6 @@ class SeenFiles:
         found = self._folders[folder].open(address.name)
         found.loose = name in self._loose
         return found
-
-
-def is_planned(source: Source, said: str) -> bool:
-    """Whether a file has the fingerprint that a plan has of it. An object is known by its ETag, so nothing of it is read."""
-    if source.version:
-        return said.startswith(f"{source.size}:") and said.endswith(f":{source.version}")
-    return fingerprint(source) == said
 
 
 def planned_sources(plan: Plan, seen: SeenFiles, used: Iterable[str]) -> list[Source] | None:

@@ -11,7 +11,7 @@ from adapterkit.disk import calls
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from adapterkit.places import Address
@@ -38,6 +38,7 @@ class Source(ABC):
     path: Path | None = None
     loose: bool = False  # the user named the file itself, so its folder is nobody's
     version: str = ""  # of an object in a store: the ETag that every request asks for
+    trained: bool = False  # an adapter's, so a plan knows all its values; see `adapterkit.checkpoint.values`
     beside: Sequence[FirstSeen | Source] = ()  # of a weight file: the small files that were read with it
     stored_at: Address | None = None  # where a store has the same bytes, which it may copy by itself
 
@@ -184,17 +185,17 @@ def check_unchanged(sources: Iterable[Source]) -> None:
 DECIDING = ("config.json", "adapter_config.json")  # small files beside weights that say what their values mean
 
 
-def states_here(sources: Iterable[Source]) -> Iterator[str]:
-    """What tells that inputs on this machine are still what they were, with the configs in their folders: a line for each.
+def states_here(sources: Iterable[Source]) -> dict[str, str]:
+    """What tells that inputs on this machine are still what they were, with the configs in their folders, by name.
 
     It does not depend on what was read of them, so workers that opened more or less of them say the same.
     """
-    folders = set()
+    found, folders = {}, set()
     for source in sources:
         info = os.stat(source.path) if source.path is not None else None
         # The change time also tells of a file that was swapped for one of the same age.
         state = (info.st_mtime_ns, info.st_ctime_ns, info.st_ino) if info is not None else ()
-        yield f"{source.name}:{source.size}:{state}"
+        found[source.name] = f"{source.size}:{state}"
         if source.path is not None:
             folders.add(os.path.realpath(os.path.dirname(source.path)))
     for path in sorted(os.path.join(folder, name) for folder in folders for name in DECIDING):
@@ -202,7 +203,8 @@ def states_here(sources: Iterable[Source]) -> Iterator[str]:
             info = os.stat(path)
         except OSError:
             continue
-        yield f"{path}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}:{info.st_ino}"
+        found[path] = f"{info.st_size}:{(info.st_mtime_ns, info.st_ctime_ns, info.st_ino)}"
+    return found
 
 
 def seen(path: Path) -> tuple[FirstSeen, ...]:

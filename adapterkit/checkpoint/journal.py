@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 JOURNAL = ".journal.jsonl"
 CLAIM, DONE, MADE = ".plan", ".done.", ".beside"  # what workers of one plan say in the folder; see `checkpoint.parts`
-_OF_PARTS = (DONE, ".journal.")
+INPUTS = ".inputs."
+_OF_PARTS = (DONE, INPUTS, ".journal.")
 
 
 def block_digest(data: Any) -> bytes:

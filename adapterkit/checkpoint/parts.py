@@ -6,13 +6,16 @@ one whole run. What lies in the hidden folder beside the files:
 
 * ``.plan``: the digest of the plan whose parts these are. Parts of another plan are never put among them;
 * ``.journal.FILE.jsonl``: the computed tensors of a part that are finished; see `adapterkit.checkpoint.journal`;
-* ``.done.FILE``: a part that is finished, with the plan and the state of the inputs on the machine that wrote it.
+* ``.done.FILE``: a part that is finished, with the plan and a digest of the state of the inputs on the machine that wrote it;
+* ``.inputs.HOST.DIGEST``: that state by input, so that the one that changed can be named.
 
 A run of the whole output that takes the folder over (``--resume``) takes these files away: the bytes are its own then.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -24,11 +27,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.cut import PlanPart, whole_files
-from adapterkit.checkpoint.journal import CLAIM, DONE, Journal, forget_parts
+from adapterkit.checkpoint.files import states_here
+from adapterkit.checkpoint.journal import CLAIM, DONE, INPUTS, Journal, forget_parts
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, input_paths, partial_folder, staging
 from adapterkit.checkpoint.sink import Sink
-from adapterkit.checkpoint.write import Writing, finish, identity
+from adapterkit.checkpoint.write import Writing, finish, identity_of
 from adapterkit.disk import open_inside, read_inside, write_all, write_inside
 from adapterkit.errors import CheckpointError, OutputError, UsageError, option
 from adapterkit.foreign import json_value
@@ -86,7 +90,12 @@ def write_part(
     inputs = input_paths(plan, sources)
     check_target(out, inputs, part.nbytes, force=True, held=[partial_folder(out) / part.file.name])
     with claimed(plan, out) as folder:
-        state = identity(plan, sources)
+        states = states_here(sources)
+        state = identity_of(plan, states)
+        name = _inputs_name(socket.gethostname(), state)
+        if read_inside(folder, name) is None:
+            write_inside(folder, name, json.dumps(states).encode())
+        _check_here(plan, folder, state)
         journal = Journal(folder, state, f".journal.{part.name}.jsonl")
         sink = Sink(
             *(plan, tensors, sources, folder),
@@ -99,6 +108,7 @@ def write_part(
         said = {"plan": plan.digest, "file": part.file.name, "start": part.start, "stop": part.stop}
         note = {**said, "host": socket.gethostname(), "state": state}
         write_inside(folder, DONE + part.name, json.dumps(note).encode())
+        _check_here(plan, folder, state)  # workers that began at the same moment did not see each other's parts
     return sink.reused
 
 
@@ -152,9 +162,14 @@ def forget(plan: Plan, out: Path, state: str) -> None:
         state: as `identity` has it.
     """
     with claimed(plan, out) as folder:
+        host = socket.gethostname()
         for name, note in _named_notes(plan, folder):
-            if note.host == socket.gethostname() and note.state != state:
+            if note.host == host and note.state != state:
                 os.unlink(folder / name)
+        for name in os.listdir(folder):
+            if name.startswith(_inputs_name(host, "")) and name != _inputs_name(host, state):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(folder / name)
 
 
 def left(plan: Plan, parts: Sequence[PlanPart], out: Path) -> list[PlanPart]:
@@ -215,22 +230,53 @@ def check_done(plan: Plan, parts: Sequence[PlanPart], folder: Path, out: Path | 
     missing = [str(part.index) for part in _left(folder, notes, parts)]
     if missing:
         raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
-    _check_inputs(notes)
+    _check_inputs(notes, folder, {})
 
 
-def _check_inputs(notes: Iterable[Note]) -> None:
+def _check_inputs(notes: Iterable[Note], folder: Path, states: dict[str, str]) -> None:
     """Refuse parts that one machine wrote of inputs in two states.
 
+    Args:
+        states: by machine, where that is known.
+
     Raises:
-        CheckpointError: an input changed while the parts were executed.
+        CheckpointError: an input changed while the parts were executed; it is named where the states were noted.
     """
-    states: dict[str, str] = {}
     for note in notes:
-        if states.setdefault(note.host, note.state) != note.state:
+        known = states.setdefault(note.host, note.state)
+        if note.state != known:
+            before, now = (_noted_inputs(folder, note.host, state) for state in (note.state, known))
+            names = sorted(before.keys() | now.keys()) if before and now else []
+            changed = next((name for name in names if before.get(name) != now.get(name)), "an input")
             raise CheckpointError(
-                f"an input changed while the parts were executed (on {note.host})",
+                f"{changed} changed while the parts were executed (on {note.host})",
                 f"remove the parts that are done ({DONE}* in the hidden folder) and execute them again",
             )
+
+
+def _check_here(plan: Plan, folder: Path, state: str) -> None:
+    """The same, of what this machine did, while its inputs are in this state. Notes are read only where another state was
+    seen: there may be thousands.
+
+    Raises:
+        CheckpointError: an input changed since a part was executed here.
+    """
+    host = socket.gethostname()
+    own, other = _inputs_name(host, state), _inputs_name(host, "")
+    if any(name.startswith(other) and name != own for name in os.listdir(folder)):
+        _check_inputs((note for note in _notes(plan, folder) if note.host == host), folder, {host: state})
+
+
+def _inputs_name(host: str, state: str) -> str:
+    """What the state of the inputs of a machine is noted under."""
+    return f"{INPUTS}{hashlib.sha256(host.encode()).hexdigest()[:12]}.{state[:32]}"
+
+
+def _noted_inputs(folder: Path, host: str, state: str) -> dict[str, str]:
+    try:
+        return dict(json_value(read_inside(folder, _inputs_name(host, state)) or b"{}"))
+    except (ValueError, TypeError):
+        return {}  # torn, as a kill leaves it
 
 
 def _notes(plan: Plan, folder: Path) -> list[Note]:

@@ -75,6 +75,20 @@ def note_says(store: Store, found: StoredObject) -> dict[str, str]:
         return {}
 
 
+def _digits(states: Mapping[str, str]) -> dict[str, str]:
+    """What is known of files by name, short enough for a claim."""
+    return {name: hashlib.sha256(said.encode()).hexdigest()[:12] for name, said in states.items()}
+
+
+def _other(theirs: str, ours: Mapping[str, str]) -> str | None:
+    """The file that a claim knows by other digits than this run."""
+    try:
+        found = json_value(theirs)
+        return next((name for name, digits in found.items() if name in ours and ours[name] != digits), None)
+    except (ValueError, AttributeError):
+        return None
+
+
 def partial_address(out: Address) -> Address:
     """Where the small objects of a run lie."""
     return out.with_name(f".{out.name}.partial")
@@ -242,22 +256,37 @@ class StoreOut:
         return note_says(self.store, found)
 
     def _said(self, **more: str) -> bytes:
-        named = json.dumps(self._pins)
-        pins = {"pins": named} if 2 < len(named) < MOST_SAID // 2 else {}
-        return json.dumps({"plan": self.digest, "run": self._run, **self._inputs_here, **pins, **more}).encode()
+        told = {name: json.dumps(digits) for name, digits in (("pins", self._pins), ("states", self._states))}
+        told = {name: said for name, said in told.items() if 2 < len(said) < MOST_SAID // 3}
+        return json.dumps({"plan": self.digest, "run": self._run, **self._inputs_here, **told, **more}).encode()
 
     @cached_property
     def _pins(self) -> dict[str, str]:
         """The small files of the inputs, by the first digits of what the plan says of them: for who goes on with other ones."""
-        return {name: hashlib.sha256(said.encode()).hexdigest()[:12] for name, said in self.plan.pins.items()}
+        return _digits(self.plan.pins)
+
+    @cached_property
+    def _states(self) -> dict[str, str]:
+        """The inputs that lie on this machine, by the first digits of their states."""
+        return _digits(states_here(self._here))
+
+    @property
+    def _here(self) -> list[Source]:
+        return [source for _, source in sorted(self.sources.items()) if source.path is not None]
 
     def _other_pin(self, said: Mapping[str, str]) -> str | None:
         """The small file that is another than that of a run which claimed the output."""
-        try:
-            theirs = json_value(said.get("pins", "{}"))
-            return next((name for name, pin in theirs.items() if name in self._pins and self._pins[name] != pin), None)
-        except (ValueError, AttributeError):
-            return None
+        return _other(said.get("pins", "{}"), self._pins)
+
+    def changed_here(self, said: Mapping[str, str] | None = None) -> str:
+        """What input on this machine is another than that of the run which claimed the output, as the subject of a sentence.
+
+        Args:
+            said: what its claim says, if that was read already.
+        """
+        said = (self._claim() or {}) if said is None else said
+        name = _other(said.get("states", "{}"), self._states)
+        return "inputs here" if name is None else name
 
     def claim(self) -> bytes:
         """What the claim of this run says."""
@@ -268,9 +297,8 @@ class StoreOut:
         """The state of the inputs that lie on this machine, and its name: the plan knows of them no more than headers.
         Nothing where all lie in stores, which know an object by its ETag.
         """
-        here = [source for _, source in sorted(self.sources.items()) if source.path is not None]
-        said = hashlib.sha256(os.fsencode("\n".join(states_here(here)))).hexdigest()
-        return {"host": socket.gethostname(), "inputs": said[:32]} if here else {}
+        said = json.dumps(self._states, sort_keys=True).encode()
+        return {"host": socket.gethostname(), "inputs": hashlib.sha256(said).hexdigest()[:32]} if self._here else {}
 
     def begin(self, *, resume: bool = False, shared: bool = False) -> None:
         """Claim the target for this plan.
@@ -392,7 +420,7 @@ class StoreOut:
             return
         if not self.force:
             if changed and (shared or resume):
-                words = f"inputs here changed since {self.out} was begun"
+                words = f"{self.changed_here(said)} changed since {self.out} was begun"
                 raise OutputError(words, f"begin anew with {option('force', True)}")
             if same:
                 words = f"another run of this plan writes {self.out}, or was interrupted"

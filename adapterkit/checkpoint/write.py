@@ -277,7 +277,12 @@ def component_indexes(plan: Plan) -> dict[str, bytes]:
 
 def identity(plan: Plan, sources: Sequence[Source]) -> str:
     """The plan, and the inputs as they lie on this machine: a base that was replaced since makes a journal worthless."""
+    return identity_of(plan, states_here(sources))
+
+
+def identity_of(plan: Plan, states: Mapping[str, str]) -> str:
+    """The same, of what `adapterkit.checkpoint.files.states_here` says."""
     digest = hashlib.sha256(plan.digest.encode())
-    for line in states_here(sources):
-        digest.update(os.fsencode(f"{line}\n"))
+    for name, state in states.items():
+        digest.update(os.fsencode(f"{name}:{state}\n"))
     return digest.hexdigest()

@@ -11,7 +11,8 @@ import click
 
 from adapterkit.cli.output import command_line, note
 from adapterkit.cli.paths import FILE_THERE
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import AuthError, UsageError, option
+from adapterkit.places import address_of
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
@@ -26,8 +27,8 @@ OWN = (
     click.Option(
         ["--attach/--no-attach"],
         default=None,
-        help="Write the figures into MERGED's record. By default only into an adapterkit.json on this machine, not into one in "
-        "a store or a registered version, of which it makes a new one. With --html such a version keeps the page too.",
+        help="Write the figures into MERGED's record. By default into the adapterkit.json of an output, here or in a store, "
+        "and not into a registered version, of which it makes a new one. With --html such a version keeps the page too.",
     ),
 )
 NAMES = ("html", "markdown", "step_summary", "attach")
@@ -68,17 +69,25 @@ def deliver(
     step_summary: bool,
     attach: bool | None,
 ) -> None:
-    """Write what was asked for, and the figures into the record of an output that has one.
+    """Write what was asked for, and the figures into the record of an output that has one, here or in a store.
 
     Raises:
-        OutputError, UsageError, NotFound, RegistryError
+        OutputError, UsageError, NotFound, RegistryError, AuthError, StoreError
     """
     page = as_html(report) if html is not None else ""
     write(report, html, markdown, page=page, step_summary=step_summary)
-    if attach or (attach is None and report.record and Path(report.merged).exists()):
+    there = address_of(report.merged) is not None
+    if attach or (attach is None and report.record and (there or Path(report.merged).exists())):
         from adapterkit.verbs.verify.evidence import attach as into
 
-        found = into(report, report.merged, page=page.encode())
+        try:
+            found = into(report, report.merged, page=page.encode())
+        except AuthError as error:
+            if attach or not there:
+                raise
+            # Who may read a bucket may often not write to it, and nobody asked for this by name.
+            note(f"the figures are not in the record of {report.merged}: {error.message}")
+            return
         if found.new:
             note(f"evidence written to {found.ref or found.path}")
 

@@ -194,7 +194,7 @@ def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -
     if record is not None:
         return Parent(role, record.content, record=record.digest, label=record.ref, parameters=parameters)
     content = Record("adapter", files=tuple(entry(path, real) for path, real in _files(folder, adapter))).content
-    beside = _beside(folder)
+    beside = beside_of(folder)
     known = beside is not None and beside.content == content
     return Parent(
         role,
@@ -307,36 +307,28 @@ def _in_registry(folder: Path) -> Record | None:
     """The record of a folder that a registry keeps; its bytes were checked when they were stored."""
     if folder.parent.name != "trees" or not (folder.parent.parent / "format").is_file():
         return None
-    record = _beside(folder)
+    record = beside_of(folder)
     return record if record is not None and record.version and record.digest == folder.name else None
 
 
 def was_converted(folder: Path | Address, to: str) -> bool:
     """Whether the record beside a folder says that ``convert --to`` made it, with this word."""
-    record = _beside(folder)
+    record = beside_of(folder)
     operation = None if record is None else record.operation
     return operation is not None and operation.name == "convert" and operation.parameters.get("to") == to
 
 
-def folded_before(base: Path | Address, adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The adapters that a base holds already, as the record beside it says: it is a merge of them. Their files are hashed
-    where there is such a record."""
-    record = _beside(base)
-    if record is None or record.operation is None or record.operation.name != "merge":
-        return ()
-    held = {parent.content for parent in record.parents if parent.role == "adapter"}
-    return tuple(one.ref for one in adapters if held and not one.whole and adapter_parent(one).content in held)
-
-
-def _beside(folder: Path | Address) -> Record | None:
-    """The record beside an input; one that cannot be read is no reason to stop."""
+def beside_of(folder: Path | Address) -> Record | None:
+    """The record beside an input (a folder, or a GGUF file); one that cannot be read is no reason to stop."""
     from adapterkit.checkpoint.objects import object_file
 
     try:
         if isinstance(folder, Address):
-            found = object_file(folder / BESIDE)
+            alone = folder.name.endswith(".gguf")
+            where = folder.with_name(f"{folder.name}.{BESIDE}") if alone else folder / BESIDE
+            found = object_file(where)
             data = None if found is None else found.read(0, min(found.size, MAX_BYTES + 1))
-            return None if data is None else parse_beside(data, f"{folder}/{BESIDE}")
+            return None if data is None else parse_beside(data, str(where))
         return read_beside(folder)
     except AdapterkitError:
         return None

@@ -85,6 +85,20 @@ def lineage(
     return index.ask(at, lambda found: _Walk(at, found, most).run(record, up, down))
 
 
+def ancestors(
+    home: Home, record: Record, operations: Sequence[str], roles: Sequence[str], most: int = _MAX_NODES
+) -> list[Record]:
+    """The records of what a record was made of, as far as a registry has them, over parents of some roles; of what some
+    operations made.
+
+    Raises:
+        RegistryError: the registry is of a newer layout.
+    """
+    if not home.exists or not record.parents:
+        return []
+    return index.ask(home, lambda found: _Walk(home, found, most).above(record, operations, roles))
+
+
 def parents_of(record: Record) -> tuple[Parent, ...]:
     """The parents of a record; of one that states none, the base it was trained on."""
     if record.parents or record.base is None or not (record.base.known or record.base.id):
@@ -111,6 +125,19 @@ class _Walk:
         if down:
             self._down(row, set())
         return Lineage(root, tuple(self.nodes.values()), tuple(self.edges.values()), self.cut)
+
+    def above(self, record: Record, operations: Sequence[str], roles: Sequence[str]) -> list[Record]:
+        """See `ancestors`."""
+        found: dict[str, Record] = {}
+        todo = deque([record])
+        while todo and len(found) < self.most:
+            for parent in todo.popleft().parents:
+                rows = self._parent_rows(parent)[:1] if parent.role in roles else []
+                for one in (one for row in rows for one in self._records(row)):
+                    if one.digest not in found and one.operation is not None and one.operation.name in operations:
+                        found[one.digest] = one
+                        todo.append(one)
+        return list(found.values())
 
     def _up(self, row: VersionRow, seen: set[str]) -> None:
         todo = deque([row])

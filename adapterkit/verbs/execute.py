@@ -119,15 +119,15 @@ class OpenPlan:
         their headers alone; so the output is claimed before its results are gathered, with the state of these inputs.
 
         Raises:
-            OutputError: inputs here changed since.
+            OutputError: an input here changed since; it is named.
         """
         if results.store.marked and all(source.path is None for source in self.job.sources):
             return True
-        claimed = self._final().in_store().claimed()
+        final = self._final().in_store()
+        claimed = final.claimed()
         if claimed is None:
-            raise OutputError(
-                f"inputs here changed since {self.out} was begun", f"begin anew with {option('force', True)}"
-            )
+            words = f"{final.changed_here()} changed since {self.out} was begun"
+            raise OutputError(words, f"begin anew with {option('force', True)}")
         return claimed
 
     def execute(

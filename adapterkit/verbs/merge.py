@@ -111,14 +111,16 @@ class Merge:
 
     @cached_property
     def _twice(self) -> tuple[str, ...]:
-        """What to say of adapters that a base on this disk holds already."""
-        from adapterkit.checkpoint.folder import RECORD
-        from adapterkit.checkpoint.publish import named_beside
+        """What to say of adapters that the base holds already."""
+        place = address_of(self.base.ref) or _folder_of(self.base)
+        if not isinstance(place, Address):
+            from adapterkit.checkpoint.folder import RECORD
+            from adapterkit.checkpoint.publish import named_beside
 
-        place = Path(self.base.ref) if self.base.format == "gguf" else _folder_of(self.base)
-        if place is None or not (place / RECORD if place.is_dir() else named_beside(place, RECORD)).is_file():
-            return ()
-        from adapterkit.provenance.record import folded_before
+            place = Path(self.base.ref) if self.base.format == "gguf" else place
+            if place is None or not (place / RECORD if place.is_dir() else named_beside(place, RECORD)).is_file():
+                return ()
+        from adapterkit.provenance.held import folded_before
 
         found = folded_before(place, self.adapters)
         return tuple(

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapterkit.checkpoint.files import LocalFile, Source, fingerprint
+from adapterkit.checkpoint.files import LocalFile, Source
 from adapterkit.checkpoint.objects import object_file
 from adapterkit.checkpoint.pins import pin, pins_of
+from adapterkit.checkpoint.values import known_by
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
@@ -42,8 +43,7 @@ def pinned_plan(plan: Plan, sources: Sequence[Source]) -> Plan:
     """
     inputs = dict(plan.inputs)
     for source in sources:
-        if source.name not in inputs:
-            inputs[source.name] = fingerprint(source)
+        inputs[source.name] = known_by(source, inputs.get(source.name))
     return replace(plan, inputs=inputs, pins={**pins_of(sources), **_named(plan.request)})
 
 

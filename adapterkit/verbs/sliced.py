@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.copies import SeenFiles, copies, is_planned
+from adapterkit.checkpoint.copies import SeenFiles, copies
 from adapterkit.checkpoint.pins import compare, pins_of, unseen
 from adapterkit.checkpoint.plan import step_of
 from adapterkit.checkpoint.resolved import Describer, described, slice_of, slices_of
 from adapterkit.checkpoint.slices import only
+from adapterkit.checkpoint.values import is_planned
 
 if TYPE_CHECKING:
     from collections.abc import Callable

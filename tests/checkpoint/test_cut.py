@@ -35,7 +35,7 @@ from adapterkit.checkpoint.cut import (
 from adapterkit.checkpoint.plan import Plan, PlannedFile
 from adapterkit.checkpoint.plan_file import PlanStep
 from adapterkit.disk import partial_folder
-from adapterkit.errors import CheckpointError, OutputError
+from adapterkit.errors import AdapterkitError, CheckpointError, OutputError
 from adapterkit.verbs.execute import OpenPlan
 from adapterkit.verbs.plan_merge import plan_merge
 
@@ -176,17 +176,53 @@ def test_parts_of_two_plans_are_never_put_together(tmp_path: Path) -> None:
     assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
 
 
-def test_parts_of_a_base_that_changed_in_between_are_refused(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("pieces_alike")
+@pytest.mark.parametrize("when", ["before the part", "meanwhile", "unnoted"])
+def test_parts_of_a_base_that_changed_in_between_are_refused(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the worker whose part would be the first of the new state, and by the file's name."""
+    from adapterkit.checkpoint import parts
+
     base, adapter, _ = _folder(tmp_path)
-    plan = plan_merge(base, [adapter]).plan
+    plan, out = plan_merge(base, [adapter]).plan, tmp_path / "out"
+    changed = sorted(base.glob("*.safetensors"))[0]
+
+    def change() -> None:
+        changed.write_bytes(changed.read_bytes()[:-4] + b"\0\0\0\0")  # other values under the same header
+
+    said = rf"{changed} changed while the parts were executed"
+    if when == "meanwhile":  # of two workers that begin at the same moment, neither sees a part of the other
+        run = parts.Sink.run
+
+        def with_another(self: Any, some: Any) -> None:
+            monkeypatch.setattr(parts.Sink, "run", run)
+            run(self, some)
+            change()
+            adapterkit.execute(plan, out, part=1)
+
+        monkeypatch.setattr(parts.Sink, "run", with_another)
+        with pytest.raises(CheckpointError, match=said):
+            adapterkit.execute(plan, out, part=0)
+    else:
+        adapterkit.execute(plan, out, part=0)
+        change()
+        if when == "unnoted":  # by an older adapterkit, or torn by a kill
+            for note in partial_folder(out).glob(".inputs.*"):
+                note.write_text("{")
+            said = "an input changed while the parts were executed"
+        with pytest.raises(CheckpointError, match=said):
+            adapterkit.execute(plan, out, part=1)
+    with pytest.raises(AdapterkitError, match="not done" if when != "meanwhile" else said):
+        adapterkit.execute(plan, out)
+    assert not out.exists()
+    for note in partial_folder(out).glob(".done.*"):  # as the error says
+        note.unlink()
     for index in range(len(plan.files)):
-        adapterkit.execute(plan, tmp_path / "out", part=index)
-        changed = sorted(base.glob("*.safetensors"))[0]
-        header = changed.read_bytes()
-        changed.write_bytes(header[:-4] + b"\0\0\0\0")  # other values under the same header
-    with pytest.raises(CheckpointError, match="an input changed while the parts were executed"):
-        adapterkit.execute(plan, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        adapterkit.execute(plan, out, part=index)
+    adapterkit.execute(plan, out)
+    adapterkit.merge(base, [adapter], tmp_path / "whole")
+    assert read_bytes(out) == read_bytes(tmp_path / "whole")
 
 
 def test_a_link_in_the_place_of_a_part_is_refused(tmp_path: Path) -> None:

@@ -238,3 +238,23 @@ def test_an_adapter_that_is_folded_a_second_time_is_named(
     assert not any(
         "already" in note for note in adapterkit.merge(tmp_path / "merged", [other], tmp_path / "third").notes
     )
+
+
+def test_an_adapter_is_named_through_records_of_records(base: Path, adapter: Path, tmp_path: Path, home: Path) -> None:
+    """The base is a conversion of a merge into a merge: only the registry's records say what is in it."""
+    more = plain_adapter(tmp_path / "more", base, seed=5)
+    adapterkit.merge(base, [adapter], tmp_path / "one")
+    adapterkit.merge(tmp_path / "one", [more], tmp_path / "two")
+    adapterkit.convert(tmp_path / "two", tmp_path / "three", to="f32")
+
+    def said() -> list[str]:
+        notes = adapterkit.merge(tmp_path / "three", [adapter, more], tmp_path / "out", dry_run=True).notes
+        return [note.partition(" is in ")[0] for note in notes if " already, as " in note]
+
+    assert said() == []  # nobody knows
+    register(tmp_path / "two", "two")
+    assert said() == [str(more)]
+    register(tmp_path / "one", "one")
+    assert said() == [str(adapter), str(more)]
+    (home / "format").write_text("a newer one")  # a registry that cannot be read is no reason to stop
+    assert said() == []

@@ -134,7 +134,15 @@ def test_plans_reports_and_pages_are_written_to_a_store_and_read_from_it(s3: Pro
     assert (
         got(s3, f"{there}/by-plan/{name}") == Path("by-plan", name).read_bytes() == Path("in/merged", name).read_bytes()
     )
-    checked = ("verify", f"{there}/by-plan", "--base", "in/base", "--adapter", f"{there}/a1", "--attach")
+    checked = ("verify", f"{there}/by-plan", "--base", "in/base", "--adapter", f"{there}/a1")
+    key = f"/{there.removeprefix('s3://')}/by-plan/adapterkit.json"
+    s3.rule = lambda asked: (403, "AccessDenied") if (asked.method, asked.path) == ("PUT", key) else None
+    code, said = run(*checked)  # who may only read, and did not ask for it, hears of it
+    assert (code, "the figures are not in the record of" in said) == (0, True)
+    assert run(*checked, "--attach")[0] == 4
+    s3.rule = None
+    assert run(*checked, "--no-attach")[0] == 0
+    assert "verification" not in json.loads(got(s3, f"{there}/by-plan/adapterkit.json")).get("evidence", {})
     assert run(*checked, "--html", f"{there}/v.html", "--markdown", f"{there}/v.md", "-o", f"{there}/v.json")[0] == 0
     assert b"<html" in got(s3, f"{there}/v.html")
     assert json.loads(got(s3, f"{there}/v.json"))["ok"]
