@@ -29,6 +29,10 @@ from adapterkit.stores.store import MARK, MOST_LISTED, Assembly, HeldPart, Store
 CONNECTIONS = 64
 _HOUR = timedelta(hours=1)
 _CODES = {"ContainerNotFound": "NoSuchBucket"}
+_DETAILS = {
+    "Request date header too old": "RequestTimeTooSkewed",
+    "Signature not valid in the specified time frame": "ExpiredToken",  # a shared access signature's own end
+}
 _THERE = ("BlobAlreadyExists", "UnauthorizedBlobOverwrite")
 _SCOPE = "https://storage.azure.com/.default"
 
@@ -357,7 +361,7 @@ class _faults:  # noqa: N801  (a context manager)
             named = getattr(error, "error_code", "") or ""  # a word, or of the client's list of words
             code = str(getattr(named, "value", named))
             status = 412 if code in _THERE else int(error.status_code)
-            raise Fault(status, _CODES.get(code, code)) from None
+            raise Fault(status, _detailed(str(error)) or _CODES.get(code, code)) from None
         if isinstance(error, wrong.ClientAuthenticationError):  # of the identity: it is none
             raise Fault(401, "NoCredentials") from None
         if isinstance(error, (wrong.ServiceRequestTimeoutError, wrong.ServiceResponseTimeoutError)):
@@ -366,6 +370,11 @@ class _faults:  # noqa: N801  (a context manager)
             raise Fault(words=NO_CONNECTION) from None
         cut = isinstance(error, wrong.IncompleteReadError)
         raise Fault(words="the body was cut short" if cut else "the connection failed") from None
+
+
+def _detailed(said: str) -> str:
+    """The word for what Azure says in the detail of an answer alone; its code is the same for any signature it refuses."""
+    return next((word for words, word in _DETAILS.items() if words in said), "")
 
 
 def _etag(said: Any) -> str:

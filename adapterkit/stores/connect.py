@@ -116,8 +116,10 @@ def _google(root: Address, http: Any) -> Callable[[bool], str] | None:
                     found.refresh(asking)
                 except google.auth.exceptions.TransportError:
                     raise Fault(words=NO_CONNECTION) from None
-                except google.auth.exceptions.GoogleAuthError:
-                    raise Fault(401, "InvalidToken") from None
+                except google.auth.exceptions.GoogleAuthError as error:
+                    # What is signed here says when, and Google refuses it where that is not about now.
+                    skewed = "reasonable timeframe" in str(error)
+                    raise Fault(401, "RequestTimeTooSkewed" if skewed else "InvalidToken") from None
             return f"Bearer {found.token}"
 
     return header

@@ -93,10 +93,13 @@ class Gcs(Store):
         token = ""
         while True:
             query = {"prefix": prefix, "maxResults": "1000", "fields": fields, "pageToken": token}
-            page = self.ask(
-                lambda query=query: self.call("GET", self._bucket, query),  # type: ignore[misc]
-                self.place(prefix) if prefix else self.root,
-            )
+            place = self.place(prefix) if prefix else self.root
+            try:
+                page = self.ask(lambda query=query: self.call("GET", self._bucket, query), place, pass_on=True)  # type: ignore[misc]
+            except Fault as fault:
+                if fault.missing:  # a list asks for no object, so it is the bucket, whatever the answer's words
+                    fault = replace(fault, code="NoSuchBucket")
+                raise told(fault, str(place)) from None
             with sense(self.root, _WHO):
                 said = page.value
                 found = [(_stored(one), _moment(one["timeCreated"])) for one in said.get("items") or ()]

@@ -21,6 +21,7 @@ from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
 from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
+from adapterkit.stores.meter import moving
 from adapterkit.values import dataclass
 from adapterkit.verbs.outputs import Output, output
 
@@ -205,6 +206,8 @@ class Merge:
         used = zip(self.adapters, self.weights, strict=True)
         dtype, rule, asked = self.request.floats, self.request.rule, self.request
         out = asked.target
+        with moving() as looked:
+            notes = self.notes  # a base in a store may have a record, which is looked at for them
         return MergeReport(
             out="" if out is None else str(asked.out),
             base=self.base.ref,
@@ -232,9 +235,9 @@ class Merge:
             max_dead=asked.max_dead,
             dry_run=measured.dry_run,
             residual=None if self.residual is None else self.residual.report(),
-            **asdict(measured.moved),
+            **asdict(measured.moved + looked.moved),
             notes=(
-                *self.notes,
+                *notes,
                 *measured.notes,
                 *instead,
                 *self._fed_back(measured.dry_run),

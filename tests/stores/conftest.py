@@ -1,14 +1,22 @@
-"""A real S3 server for the session, and a proxy before it for each test."""
+"""A real S3 server for the session, and emulators of Google's and Azure's stores; before each a proxy, for each test."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import emulators
 import pytest
 from store_server import KEY, SECRET, Proxy, client_of, proxied, serving, weed
 
+from adapterkit.places import Address
+from adapterkit.stores.connect import open_store
+from adapterkit.stores.store import Store
+
 BUCKET = "models"
+ANONYMOUS = ("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN")
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +58,67 @@ def named(monkeypatch: pytest.MonkeyPatch, endpoint: str, key: str = KEY, secret
 def place(request: pytest.FixtureRequest) -> str:
     """A prefix of this test alone."""
     return Path(request.node.name.replace("[", "-").replace("]", "")).name
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """The endpoint of a store's emulator, started when it is first asked for."""
+    from contextlib import ExitStack
+
+    pytest.importorskip("obstore", reason="the extra stores is not installed")
+    held, found = ExitStack(), dict[str, str]()
+
+    def one(scheme: str) -> str:
+        if scheme not in found:
+            start = {"gs": emulators.google, "az": emulators.azure}[scheme]
+            found[scheme] = held.enter_context(start(tmp_path_factory.mktemp(scheme)))
+            _bucket(scheme, found[scheme])
+        return found[scheme]
+
+    with held:
+        yield one
+
+
+def _bucket(scheme: str, endpoint: str) -> None:
+    import urllib3
+
+    if scheme == "gs":
+        head = {"Content-Type": "application/json"}
+        made = urllib3.request(
+            "POST", f"{endpoint}/storage/v1/b?project=x", body=json.dumps({"name": BUCKET}), headers=head
+        )
+        assert made.status == 200
+        return
+    from azure.storage.blob import BlobServiceClient
+
+    by: Any = {"account_name": emulators.ACCOUNT, "account_key": emulators.KEY}
+    BlobServiceClient(endpoint, credential=by).create_container(BUCKET)
+
+
+@pytest.fixture(params=["gs", "az"])
+def proxy(
+    request: pytest.FixtureRequest, emulated: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Proxy]:
+    """A proxy before an emulator, which the environment names."""
+    scheme = request.param
+    endpoint = emulated(scheme)
+    for name in ANONYMOUS:
+        monkeypatch.delenv(name, raising=False)
+    root, _, path = endpoint.removeprefix("http://").partition("/")
+    with proxied(f"http://{root}") as found:
+        if scheme == "gs":
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", found.endpoint)
+        else:
+            monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{found.endpoint}/{path}")
+            monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", emulators.ACCOUNT)
+            monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", emulators.KEY)
+            found.instead = lambda asked: emulators.copied_block(endpoint, asked)
+        monkeypatch.setattr("adapterkit.stores.faults.FIRST_PAUSE", 0.001)
+        found.scheme = scheme  # type: ignore[attr-defined]
+        yield found
+        found.clear()
+
+
+@pytest.fixture
+def store(proxy: Proxy) -> Store:
+    return open_store(Address(proxy.scheme, BUCKET, ""))  # type: ignore[attr-defined]

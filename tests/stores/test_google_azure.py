@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import emulators
 import pytest
 from bases import gguf_adapter, gguf_base, wide_base
 from models import plain_adapter, plain_base
@@ -34,71 +32,6 @@ from adapterkit.stores.store import Store
 from adapterkit.verbs.execute import OpenPlan
 
 BUCKET = "models"
-ANONYMOUS = ("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN")
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """The endpoint of a store's emulator, started when it is first asked for."""
-    from contextlib import ExitStack
-
-    pytest.importorskip("obstore", reason="the extra stores is not installed")
-    held, found = ExitStack(), dict[str, str]()
-
-    def one(scheme: str) -> str:
-        if scheme not in found:
-            start = {"gs": emulators.google, "az": emulators.azure}[scheme]
-            found[scheme] = held.enter_context(start(tmp_path_factory.mktemp(scheme)))
-            _bucket(scheme, found[scheme])
-        return found[scheme]
-
-    with held:
-        yield one
-
-
-def _bucket(scheme: str, endpoint: str) -> None:
-    import urllib3
-
-    if scheme == "gs":
-        head = {"Content-Type": "application/json"}
-        made = urllib3.request(
-            "POST", f"{endpoint}/storage/v1/b?project=x", body=json.dumps({"name": BUCKET}), headers=head
-        )
-        assert made.status == 200
-        return
-    from azure.storage.blob import BlobServiceClient
-
-    by: Any = {"account_name": emulators.ACCOUNT, "account_key": emulators.KEY}
-    BlobServiceClient(endpoint, credential=by).create_container(BUCKET)
-
-
-@pytest.fixture(params=["gs", "az"])
-def proxy(
-    request: pytest.FixtureRequest, emulated: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Proxy]:
-    """A proxy before an emulator, which the environment names."""
-    scheme = request.param
-    endpoint = emulated(scheme)
-    for name in ANONYMOUS:
-        monkeypatch.delenv(name, raising=False)
-    root, _, path = endpoint.removeprefix("http://").partition("/")
-    with proxied(f"http://{root}") as found:
-        if scheme == "gs":
-            monkeypatch.setenv("STORAGE_EMULATOR_HOST", found.endpoint)
-        else:
-            monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{found.endpoint}/{path}")
-            monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", emulators.ACCOUNT)
-            monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", emulators.KEY)
-            found.instead = lambda asked: emulators.copied_block(endpoint, asked)
-        monkeypatch.setattr("adapterkit.stores.faults.FIRST_PAUSE", 0.001)
-        found.scheme = scheme  # type: ignore[attr-defined]
-        yield found
-        found.clear()
-
-
-@pytest.fixture
-def store(proxy: Proxy) -> Store:
-    return open_store(Address(proxy.scheme, BUCKET, ""))  # type: ignore[attr-defined]
 
 
 @pytest.fixture

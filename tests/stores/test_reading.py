@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bases import gguf_base
+from bases import gguf_adapter, gguf_base
 from models import plain_adapter, plain_base, read_bytes
 from store_server import CUT, HANG_UP, SLOW, Proxy, Seen, client_of, upload
 
@@ -201,3 +201,22 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
     for address in ("s3://models/x", "gs://models/y", "az://models/z", "hf://buckets/org/models/x"):
         with pytest.raises(UsageError, match=r"is not installed; pip install 'adapterkit\[stores\]'"):
             adapterkit.open(address)
+
+
+def test_an_adapter_that_a_base_in_a_bucket_holds_is_named(
+    s3: Proxy, pair: tuple[Path, Path], stored: tuple[str, str], place: str, tmp_path: Path
+) -> None:
+    """As of a base on a disk; a folder, and a GGUF file whose record lies beside it."""
+    adapterkit.merge(*pair, tmp_path / "merged")
+    gguf_base(tmp_path)
+    held = gguf_adapter(tmp_path)
+    adapterkit.merge(tmp_path / "base.gguf", held, tmp_path / "files" / "q.gguf")
+    for folder in ("merged", "files"):
+        upload(s3.server, tmp_path / folder, "models", f"{place}/{folder}")
+    where = f"s3://models/{place}"
+    for base, adapters in (("merged", (pair[1], stored[1])), ("files/q.gguf", (held,))):
+        for adapter in adapters:
+            again = adapterkit.merge(f"{where}/{base}", adapter, dry_run=True)
+            assert [note for note in again.notes if note.startswith(f"{adapter} is in {where}/{base} already")]
+    other = plain_adapter(tmp_path / "other", pair[0], seed=9)
+    assert "already" not in str(adapterkit.merge(f"{where}/merged", other, dry_run=True).notes)
