@@ -120,6 +120,7 @@ class ObjectFile(Source):
     def __init__(self, store: Store, entry: StoredObject, name: str, *, loose: bool = False) -> None:
         self.store, self.key, self.name, self.path, self.loose = store, entry.key, name, None, loose
         self.size, self.version, self.stored_at = entry.size, entry.etag, store.place(entry.key)
+        self.listed: frozenset[str] | None = None  # the names beside it, where its folder was listed
         self._number = next(_numbers)
         self._object: _Object = (str(self.address), self.version, 0) if self.version else ("", "", self._number)
         self._head = b""
@@ -274,13 +275,14 @@ class ObjectFolder(Listing):
         self._entries = {name: one for name, one in plain.items() if one.size or "." in name}
         if not self._entries:
             raise NotFound(f"nothing lies below {address}/", "check the bucket, the folder and the endpoint")
+        self._every = frozenset(self._entries)
         self._open: dict[str, ObjectFile] = {}
         self._read: list[ObjectFile] = []
 
     @property
     def every(self) -> frozenset[str]:
         """All names, also hidden ones and those that lie deep."""
-        return frozenset(self._entries)
+        return self._every
 
     @property
     def names(self) -> frozenset[str]:
@@ -291,6 +293,7 @@ class ObjectFolder(Listing):
             raise NotFound(f"{self.ref}/{name} does not exist", "upload the missing file or correct the address")
         if name not in self._open:
             found = self._open[name] = ObjectFile(self.store, self._entries[name], f"{self.ref}/{name}")
+            found.listed = self._every
             if name.endswith(WEIGHTS):
                 found.beside = self._read
             else:

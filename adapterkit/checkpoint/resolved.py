@@ -12,9 +12,8 @@ import functools
 import hashlib
 import threading
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from itertools import pairwise
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -231,13 +230,31 @@ def _groups(
 ) -> tuple[StepGroup, ...]:
     computed = [index for index, step in enumerate(file.steps) if step.source is None]
     found = []
-    for low, high in pairwise([*range(0, len(computed), GROUP), len(computed)]):
-        some = computed[low:high]
+    for some in _alike(file, computed, tensors, describer):
         digest, leaves = described([file.steps[index].tensor for index in some], tensors, describer)
         if not {name for name, _, _ in leaves} <= plan.inputs.keys():
             digest = ""  # of bytes that are in no file
         found.append(StepGroup(some[0], some[-1] + 1 - some[0], digest, joined(leaves)))
     return tuple(found)
+
+
+def _alike(
+    file: PlannedFile, computed: Sequence[int], tensors: Mapping[str, Tensor], describer: Describer
+) -> Iterator[list[int]]:
+    """Steps that follow each other and are made of files in the same folders, at most `GROUP` of them. What cannot be said of a
+    tensor, or what an adapter brings, is so not asked of those around it."""
+    some: list[int] = []
+    before: object = None
+    for index in computed:
+        digest, leaves = described([file.steps[index].tensor], tensors, describer)
+        folders: object = frozenset(_folder(name) for name, _, _ in leaves) if digest else None
+        if some and (folders is None or folders != before or len(some) == GROUP):
+            yield some
+            some = []
+        some.append(index)
+        before = folders
+    if some:
+        yield some
 
 
 def described(

@@ -18,7 +18,7 @@ from typing import Any
 
 from adapterkit.values import dataclass
 
-GROUP = 32  # computed tensors that share a digest, at most
+GROUP = 32  # computed tensors that share a digest, at most; fewer where what they are made of changes
 
 Ranges = dict[str, list[tuple[int, int]]]  # by name of an input: starts and stops of bytes, ascending
 

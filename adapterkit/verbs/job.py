@@ -87,6 +87,7 @@ class Job:
         recorded: the models and adapters that the record names, which are read once more for it.
         results: what the stage computes, as a plan of its own, where that can be executed in parts.
         alike: whether a report that is there, as bytes, is of what this job would look at; of a job without a record.
+        sliced: whether a part can be planned of what its tensors are made of, without the rest of the inputs.
         digest: of the plan whose parts it is made of, where that is not its own: an output in a store is known by it.
     """
 
@@ -106,6 +107,7 @@ class Job:
     recorded: Callable[[], Sequence[Any]] | None = None
     results: Callable[[], Results] | None = None
     alike: Callable[[bytes], bool] | None = None
+    sliced: bool = True
     digest: str = ""
 
     @property

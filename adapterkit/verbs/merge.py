@@ -113,11 +113,15 @@ class Merge:
     @cached_property
     def _twice(self) -> tuple[str, ...]:
         """What to say of adapters that the base holds already."""
-        place = address_of(self.base.ref) or _folder_of(self.base)
-        if not isinstance(place, Address):
-            from adapterkit.checkpoint.folder import RECORD
-            from adapterkit.checkpoint.publish import named_beside
+        from adapterkit.checkpoint.folder import RECORD
+        from adapterkit.checkpoint.publish import named_beside
 
+        place = address_of(self.base.ref) or _folder_of(self.base)
+        if isinstance(place, Address):
+            names = getattr(self.base.sources[0], "listed", None) if self.base.sources else None
+            if names is not None and RECORD not in names:
+                return ()
+        else:
             place = Path(self.base.ref) if self.base.format == "gguf" else place
             if place is None or not (place / RECORD if place.is_dir() else named_beside(place, RECORD)).is_file():
                 return ()
@@ -283,6 +287,7 @@ class Merge:
             force=asked.force,
             also=(*(() if self.output.tower is None else (self.output.tower,)), *residual),
             recorded=lambda: (self._stored(named), *self.adapters),
+            sliced=asked.rule is None,
         )
 
 

@@ -115,9 +115,11 @@ class PartOpener:
 
 
 def with_slices(job: Job) -> Job:
-    """A job whose executed plan says of each part what it needs."""
-    if job.results is None:
-        return replace(job, plan=replace(job.plan, slices=slices_of(job.plan, job.tensors)))
-    found = job.results()
-    results = replace(found, plan=replace(found.plan, slices=slices_of(found.plan, found.tensors)))
-    return replace(job, results=lambda: results)
+    """A job whose executed plan says of each part what it needs.
+
+    Results (of a combination, an extraction, a verification) are made of a model or adapters as a whole, and so is what a rule
+    makes of adapters. Their plans say nothing: a worker opens everything at once, and does not try less before.
+    """
+    if job.results is not None or not job.sliced:
+        return job
+    return replace(job, plan=replace(job.plan, slices=slices_of(job.plan, job.tensors)))

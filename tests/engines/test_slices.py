@@ -187,7 +187,7 @@ def test_every_part_by_itself_has_the_bytes_of_a_whole_run(
     assert (whole > 0) == (kind in SEEN), caplog.text
     assert whole <= count / 2
     if kind == "resized":
-        assert "is resolved otherwise" in caplog.text
+        assert "is planned otherwise" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +282,37 @@ def test_what_resolves_otherwise_in_a_slice_is_opened_whole(
     assert caplog.text.count("is resolved otherwise") == len(plan.files)
     OpenPlan(plan, tmp_path / "parts").finish()
     assert read_bytes(tmp_path / "parts") == read_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["rule", "results"])
+def test_what_needs_whole_inputs_is_not_tried_with_less(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan says nothing of its parts then, so no worker pays for an attempt."""
+    adapter, out, saved = turned(tmp_path), tmp_path / "out", tmp_path / "plan.json"
+    more = plain_adapter(tmp_path / "more", tmp_path / "base", modules=LINEAR, seed=9)
+    if kind == "rule":
+        adapterkit.merge(tmp_path / "base", [adapter, more], save_plan=saved, method="ties")
+    else:
+        adapterkit.resize(more, rank=2, save_plan=saved)
+    plan = Plan.from_json(saved.read_bytes())
+    assert not plan.slices
+    monkeypatch.setattr(PartOpener, "_sliced", lambda self, *given: pytest.fail("tried"))
+    worker = OpenPlan(plan, out, SIZE)
+    worker.execute(len(worker.parts) - 1)
+
+
+def test_a_brought_tensor_is_alone_in_its_group(tmp_path: Path) -> None:
+    """A head that the adapter brings: those around it are opened alone."""
+    base, adapter = llama(tmp_path / "base"), brings(tmp_path / "a", 40, "lm_head")
+    adapterkit.merge(base, adapter, save_plan=tmp_path / "plan.json", max_shard_size="1GB")
+    plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
+    held = {
+        tuple(step.tensor for step in file.steps[group.first : group.first + group.count] if step.source is None)
+        for file in plan.files
+        for group in plan.slices.get(file.name, ())
+    }
+    assert held == {("lm_head.weight",), ("model.layers.0.self_attn.q_proj.weight",)}
 
 
 def test_a_worker_that_executes_many_parts_opens_the_whole_plan_once(
