@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from math import isfinite, sqrt
+from operator import attrgetter
 
 import torch
 
@@ -38,7 +39,8 @@ class FidelitySums:
 
     def values(self) -> tuple[float, ...]:
         """The sums in the order of the fields, without the deep copies of ``dataclasses.astuple``."""
-        return tuple(getattr(self, one.name) for one in fields(self))
+        found: tuple[float, ...] = _VALUES(self)
+        return found
 
     def scaled(self, factor: float) -> FidelitySums:
         """The sums, scaled as if ``factor`` times as many entries had been measured; the counts stay."""
@@ -107,22 +109,20 @@ def block_sums(
     """
     w, new, there = (tensor.reshape(-1).float() for tensor in (base, wanted, got))
     odd = lost = 0
-    if not isfinite(float(w.sum() + new.sum() + there.sum())):
+    d, g = new - w, there - w
+    dots = _dots(w, d, g, there - new if error else None)
+    if not all(map(isfinite, dots)):  # a value that is not finite has a square that is not
         right = torch.isfinite(w) & torch.isfinite(new)
         kept = right & torch.isfinite(there)
         odd, lost = w.numel() - int(kept.sum()), int((right & ~kept).sum())
-        w, new, there = w[kept], new[kept], there[kept]
-    d, g = new - w, there - w
-    # 1 where an entry moved: arithmetic, because comparisons are ten times slower than it.
-    moved = (g * 1e38).clamp_(-1, 1)
-    dots = [moved.dot(moved), w.dot(w), d.dot(d), g.dot(d), g.dot(g)]
-    if error:
-        e = there - new
-        dots.append(e.dot(e))
-    if not all(isfinite(float(dot)) for dot in dots):  # squares that float32 cannot hold
-        w, d, g = _double(w), _double(d), _double(g)
-        dots = [dots[0], w.dot(w), d.dot(d), g.dot(d), g.dot(g), *([(d - g).dot(d - g)] if error else [])]
-    sums = FidelitySums(float(w.numel()), *(float(dot) for dot in dots))
+        if odd:
+            w, new, there = w[kept], new[kept], there[kept]
+            d, g = new - w, there - w
+            dots = _dots(w, d, g, there - new if error else None)
+    if not all(map(isfinite, dots)):  # squares that float32 cannot hold
+        moved, w, d, g = dots[0], _double(w), _double(d), _double(g)
+        dots = [moved, *_dots(w, d, g, d - g if error else None)[1:]]
+    sums = FidelitySums(float(w.numel()), *dots)
     if importance is not None and not odd and w.numel() % len(importance) == 0:
         off, change = (_double(v.view(-1, len(importance))).square().sum(0) for v in (g - d, d))
         by = _double(importance).to(off.device)
@@ -130,9 +130,20 @@ def block_sums(
     return replace(sums, odd=float(odd), lost=float(lost)) if odd else sums
 
 
+def _dots(w: torch.Tensor, d: torch.Tensor, g: torch.Tensor, e: torch.Tensor | None) -> list[float]:
+    """How many entries moved, <W, W>, <D, D>, <G, D>, <G, G>, and <E, E> where there is an E."""
+    # 1 where an entry moved: arithmetic, because comparisons are ten times slower than it.
+    moved = (g * 1e38).clamp_(-1, 1)
+    dots = [moved.dot(moved), w.dot(w), d.dot(d), g.dot(d), g.dot(g), *(() if e is None else (e.dot(e),))]
+    return [float(one) for one in dots]
+
+
 def _double(values: torch.Tensor) -> torch.Tensor:
     """In float64, on the CPU where the device has none (Metal)."""
     return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+_VALUES = attrgetter(*(one.name for one in fields(FidelitySums)))
 
 
 @dataclass(frozen=True)

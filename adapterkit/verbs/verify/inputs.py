@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.places import Address
+    from adapterkit.registry.identity import Identity
     from adapterkit.registry.record import Parent, Record
 
 Ref = str | Path
@@ -56,6 +57,42 @@ class Asked:
         return self.record is not None and given is not None and [float(one) for one in given] != _weights(self.record)
 
 
+class Digests:
+    """What tells inputs from others, found once for each: a record is held against it, and the report names it.
+
+    When all is read somebody has to see that no input changed meanwhile (`adapterkit.checkpoint.files.check_unchanged`).
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[int, tuple[Checkpoint, Identity]] = {}
+        self._adapters: dict[int, tuple[Adapter, Parent]] = {}
+
+    def model(self, checkpoint: Checkpoint) -> Identity:
+        """The identity up to the strongest level that costs little."""
+        found = self._models.get(id(checkpoint))
+        if found is None:
+            from adapterkit.registry.weights import cheap, identity_of
+
+            found = self._models[id(checkpoint)] = (checkpoint, identity_of(checkpoint, cheap(checkpoint)))
+        return found[1]
+
+    def said(self, checkpoint: Checkpoint) -> str:
+        """The same as text."""
+        from adapterkit.registry.weights import cheap
+
+        level = cheap(checkpoint)
+        return f"{level}:{self.model(checkpoint).level(level)}"
+
+    def adapter(self, adapter: Adapter) -> Parent:
+        """An adapter as a record names it."""
+        found = self._adapters.get(id(adapter))
+        if found is None:
+            from adapterkit.provenance.record import adapter_parent
+
+            found = self._adapters[id(adapter)] = (adapter, adapter_parent(adapter))
+        return found[1]
+
+
 def place(checkpoint: Checkpoint) -> Path | None:
     """The folder, or the single file, that a checkpoint was read from; None where it is not on this disk."""
     path = checkpoint.sources[0].path if checkpoint.sources else None
@@ -65,7 +102,7 @@ def place(checkpoint: Checkpoint) -> Path | None:
     return path if loose else folder_of(checkpoint)
 
 
-def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Asked:
+def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any], digests: Digests) -> Asked:
     """The options of the merge: as given, else as the record beside MERGED states them, else the defaults.
 
     Raises:
@@ -88,7 +125,7 @@ def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str,
             f"MERGED was made on {stated['base16']}, the original of its quantized base",
             f"name it with {option('base16')}",
         )
-    findings = _same_adapters(record, adapters)
+    findings = _same_adapters(record, adapters, digests)
     if not findings and "weights" not in given:
         stated["weights"] = _weights(record)
     return Asked({**stated, **given}, record, findings)
@@ -148,12 +185,10 @@ def _weights(record: Record) -> list[float]:
     return [float(parent.parameters.get("weight", 1.0)) for parent in _parents(record)]
 
 
-def _same_adapters(record: Record, adapters: Sequence[Adapter]) -> tuple[Finding, ...]:
+def _same_adapters(record: Record, adapters: Sequence[Adapter], digests: Digests) -> tuple[Finding, ...]:
     """Whether the adapters that are given are those that the record names, in order."""
-    from adapterkit.provenance.record import adapter_parent
-
     stated = _parents(record)
-    given = [adapter_parent(adapter) for adapter in adapters]
+    given = [digests.adapter(adapter) for adapter in adapters]
     if [_known(parent) for parent in stated] == [_known(parent) for parent in given]:
         return ()
     names = ", ".join(parent.label or _known(parent)[:12] for parent in stated) or "none"
@@ -168,32 +203,28 @@ def inputs(
     base: Checkpoint,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
-    base16: Checkpoint | None,
+    digests: Digests,
 ) -> tuple[VerifiedInput, ...]:
     """Everything that was read, by digest: 16 KiB of each tensor of models, every byte of adapters."""
     from adapterkit.adapters.whole_model import WholeModel
-    from adapterkit.provenance.record import adapter_parent
 
     found = [
-        VerifiedInput("merged", merged.ref, digest(merged)),
-        VerifiedInput("base", base.ref, digest(base), commit=base.commit),
+        VerifiedInput("merged", merged.ref, digests.said(merged)),
+        VerifiedInput("base", base.ref, digests.said(base), commit=base.commit),
     ]
-    if base16 is not None:
-        found.append(VerifiedInput("original", base16.ref, digest(base16), commit=base16.commit))
     for adapter, weight in zip(adapters, weights, strict=True):
         if isinstance(adapter, WholeModel) and adapter.checkpoint is not None:
-            found.append(VerifiedInput("model", adapter.ref, digest(adapter.checkpoint), weight, commit=adapter.commit))
+            digest = digests.said(adapter.checkpoint)
+            found.append(VerifiedInput("model", adapter.ref, digest, weight, commit=adapter.commit))
             continue
-        content = f"sha256:{adapter_parent(adapter).content}"
+        content = f"sha256:{digests.adapter(adapter).content}"
         found.append(VerifiedInput("adapter", adapter.ref, content, weight, adapter.config.label, adapter.commit))
     return tuple(found)
 
 
-def residual_of(adapter: Adapter) -> VerifiedInput:
+def residual_of(adapter: Adapter, digests: Digests) -> VerifiedInput:
     """What stands beside MERGED, by digest."""
-    from adapterkit.provenance.record import adapter_parent
-
-    return VerifiedInput("residual", adapter.ref, f"sha256:{adapter_parent(adapter).content}")
+    return VerifiedInput("residual", adapter.ref, f"sha256:{digests.adapter(adapter).content}")
 
 
 def prompts_of(place: Ref | Address) -> VerifiedInput:
@@ -204,26 +235,19 @@ def prompts_of(place: Ref | Address) -> VerifiedInput:
     return VerifiedInput("prompts", str(place), f"sha256:{hash_file(brought(place))[0]}")
 
 
-def digest(checkpoint: Checkpoint) -> str:
-    """The identity of a model as text: the strongest level that costs little."""
-    from adapterkit.registry.weights import cheap, identity_of
-
-    level = cheap(checkpoint)
-    return f"{level}:{identity_of(checkpoint, level).level(level)}"
-
-
-def same_as_recorded(record: Record | None, base: Checkpoint, merged: Checkpoint) -> tuple[Finding, ...]:
+def same_as_recorded(
+    record: Record | None, base: Checkpoint, merged: Checkpoint, digests: Digests
+) -> tuple[Finding, ...]:
     """Whether base and MERGED are those that the record beside MERGED names."""
     if record is None:
         return ()
     from adapterkit.registry.identity import compare
-    from adapterkit.registry.weights import cheap, identity_of
 
     found = []
-    if record.base is not None and compare(record.base, identity_of(base, cheap(base))).verdict == "other":
+    if record.base is not None and compare(record.base, digests.model(base)).verdict == "other":
         text = f"{base.ref} is not the base that the record beside MERGED names ({record.base.label})"
         found.append(Finding("other base", WARNING, text, "give that base, or go by the tensors below"))
-    if record.identity is not None and compare(record.identity, identity_of(merged, cheap(merged))).fits is False:
+    if record.identity is not None and compare(record.identity, digests.model(merged)).fits is False:
         text = "MERGED changed since its record was written"
         found.append(Finding("changed since", NOTE, text, f"see {beside_path(place(merged) or Path()).name}"))
     return tuple(found)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.files import Source
     from adapterkit.requests.verify import VerifyRequest
-    from adapterkit.verbs.verify.inputs import Asked
+    from adapterkit.verbs.verify.inputs import Asked, Digests
     from adapterkit.verbs.verify.report import ModelLevel, TensorLevel, VerifiedInput
     from adapterkit.verbs.verify.subject import Subject
     from adapterkit.verbs.verify.tensors import Judged
@@ -50,6 +50,7 @@ class OpenVerification:
         every: findings that are known already.
         fed: MERGED was rounded with feedback, by its record.
         beside: the residual beside MERGED.
+        digests: of the inputs, as far as they were asked for.
     """
 
     request: VerifyRequest
@@ -61,6 +62,7 @@ class OpenVerification:
     every: tuple[Finding, ...]
     fed: bool
     beside: Adapter | None
+    digests: Digests
 
     @property
     def by_tensors(self) -> bool:
@@ -90,8 +92,8 @@ class OpenVerification:
         """Everything that is read, by digest."""
         from adapterkit.verbs.verify.inputs import inputs, prompts_of, residual_of
 
-        found = inputs(self.found, self.stored, self.loaded, self.planned.weights, None)
-        beside = () if self.beside is None else (residual_of(self.beside),)
+        found = inputs(self.found, self.stored, self.loaded, self.planned.weights, self.digests)
+        beside = () if self.beside is None else (residual_of(self.beside, self.digests),)
         asked = () if self.request.prompts is None else (prompts_of(self.request.prompts),)
         return (*found, *beside, *asked)
 
@@ -193,7 +195,7 @@ def opened(request: VerifyRequest) -> OpenVerification:
     from adapterkit.bases import open_change
     from adapterkit.checkpoint.limits import IN_TRANSFORMERS, MAPPED, check_memory
     from adapterkit.checkpoint.plan import BASELINE_MEMORY
-    from adapterkit.verbs.verify.inputs import asked, open_inputs, same_as_recorded
+    from adapterkit.verbs.verify.inputs import Digests, asked, open_inputs, same_as_recorded
     from adapterkit.verbs.verify.metadata import check_keys
     from adapterkit.verbs.verify.subject import subject
 
@@ -210,11 +212,12 @@ def opened(request: VerifyRequest) -> OpenVerification:
         from adapterkit.verbs.verify.model import check_models
 
         check_models(found, stored, prompts)
-    how = asked(found, loaded, request.of_merge())
+    digests = Digests()
+    how = asked(found, loaded, request.of_merge(), digests)
     parts = OfAdapters(only=how.given.get("only", ()), skip=how.given.get("skip", ()))
     loaded = tuple(parts.narrowed(adapter) for adapter in loaded)
     options = {k: v for k, v in how.given.items() if k not in ("only", "skip")}
-    every = [*how.findings, *same_as_recorded(how.record, stored, found)]
+    every = [*how.findings, *same_as_recorded(how.record, stored, found, digests)]
     if request.device != CPU:
         options["device"] = request.device
     # The record speaks for the files, the base and the adapters that it names, and for no others.
@@ -222,7 +225,7 @@ def opened(request: VerifyRequest) -> OpenVerification:
     planned = subject(found, stored, loaded, options, fed=fed)
     check_keys(planned, request.on_purpose)
     beside, missing = _residual(request.residual, how, found)
-    return OpenVerification(request, found, stored, loaded, how, planned, (*every, *missing), fed, beside)
+    return OpenVerification(request, found, stored, loaded, how, planned, (*every, *missing), fed, beside, digests)
 
 
 def _not_fed(how: Asked) -> list[Finding]:

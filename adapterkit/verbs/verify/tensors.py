@@ -488,7 +488,8 @@ def judge(tally: Tally) -> Judged:
 
     item = tally.item
     sums = sum((tally.found[at] for at in sorted(tally.found)), FidelitySums())
-    ours = sum((tally.ours[at] for at in sorted(tally.ours)), FidelitySums())
+    same = tally.ours.keys() == tally.found.keys() and all(tally.ours[at] is tally.found[at] for at in tally.found)
+    ours = sums if same else sum((tally.ours[at] for at in sorted(tally.ours)), FidelitySums())
     near = abs(sums.retention - ours.retention) - 5 * sums.uncertainty
     steps: float | None = None
     if item.parts and not tally.differing:
