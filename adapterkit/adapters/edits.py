@@ -68,10 +68,11 @@ def group_modules(adapter: Adapter, method: Method) -> tuple[tuple[Module, ...],
     modules: dict[tuple[str, int], dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     suffixes = sorted(method.suffixes, key=len, reverse=True)
+    ends, ignored = tuple(f".{suffix}" for suffix in suffixes), tuple(f".{part}." for part in method.ignored)
     for key, tensor in adapter.tensors.items():
-        if is_shared(key, method) or any(f".{part}." in f".{key}." for part in method.ignored):
+        if (method.shared and is_shared(key, method)) or (ignored and any(part in f".{key}." for part in ignored)):
             continue
-        suffix = next((s for s in suffixes if key.endswith("." + s)), None)
+        suffix = next((suffix for suffix, end in zip(suffixes, ends, strict=True) if key.endswith(end)), None)
         if suffix is None:
             whole[key] = tensor
             continue
@@ -112,6 +113,8 @@ def _check_one_method(whole: Mapping[str, Tensor], method: Method, adapter: Adap
 
 def _unwrapped(path: str) -> tuple[str, int]:
     """A module path without PEFT's wrappers, and how many stood at its end."""
+    if WRAPPED not in path:
+        return path, 0
     parts = path.split(".")
     depth = 0
     while parts and parts[-1] == WRAPPED:
@@ -158,7 +161,7 @@ def adapter_edits(
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")
     modules, whole = group_modules(adapter, method)
     _check_one_method(whole, method, adapter)
-    shared = {key: tensor for key, tensor in adapter.tensors.items() if is_shared(key, method)}
+    shared = {key: one for key, one in adapter.tensors.items() if is_shared(key, method)} if method.shared else {}
     context = Context(adapter, names, str(config.get("model_type", "")), residual_base, modules, shared)
     edits = [_whole_edit(key, tensor, context, config) for key, tensor in whole.items()]
     unresolved: list[TargetError] = []

@@ -75,7 +75,7 @@ def zero_rows(key: str, tensor: Tensor, other: Tensor | None = None) -> HalfSave
     if rows > 4 * _PROBES and not _perhaps(extent, rows, width):
         return None
     data = extent.source.read(extent.offset, extent.nbytes)
-    if data.count(0) == len(data):
+    if nothing not in data or data.count(0) == len(data):
         return None
     full = [at for at in range(rows) if data[at * width : (at + 1) * width] != nothing]
     if not full or len(full) > (1 - LEAST) * rows or full[-1] - full[0] + 1 != len(full):

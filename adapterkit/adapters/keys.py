@@ -97,10 +97,16 @@ def _unwrapped(keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     seen: dict[str, str] = {}
     found = {}
     for key in keys:
+        if not any(map(key.__contains__, WRAPPERS)):
+            found[key] = key
+            continue
         parts = key.split(".")
         seen.update((part, WRAPPERS[part]) for part in parts if part in WRAPPERS)
         found[key] = ".".join(part for part in parts if part not in WRAPPERS)
+    leading = tuple(f"{name}." for name in LEADING)
     for key, now in found.items():
+        if not now.startswith(leading):
+            continue
         *leads, rest = _split_leads(now)
         if leads and rest.startswith(PREFIX):
             found[key] = rest

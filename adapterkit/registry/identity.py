@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterkit.errors import CheckpointError, RegistryError
-from adapterkit.registry.canonical import canonical
+from adapterkit.registry.canonical import canonical_row
 from adapterkit.registry.names import check_commit, check_path, check_repo, check_sha256
 
 Tensor = tuple[str, str, Sequence[int], int]
@@ -191,12 +191,12 @@ def _sentence(verdict: str, level: str, differ: tuple[str, ...], mine_is: str, o
 
 def shapes_digest(tensors: Iterable[Tensor]) -> str:
     """sha256 over the sorted (name, shape) of all tensors."""
-    return _rows((name, list(shape)) for name, _, shape, _ in _sorted(tensors))
+    return _rows((name, shape) for name, _, shape, _ in _sorted(tensors))
 
 
 def skeleton_digest(tensors: Iterable[Tensor]) -> str:
     """sha256 over the sorted (name, dtype, shape) of all tensors."""
-    return _rows((name, dtype, list(shape)) for name, dtype, shape, _ in _sorted(tensors))
+    return _rows((name, dtype, shape) for name, dtype, shape, _ in _sorted(tensors))
 
 
 def windows(nbytes: int) -> list[tuple[int, int]]:
@@ -221,7 +221,7 @@ def sample_digest(tensors: Iterable[Tensor], read: Read) -> str:
         one = hashlib.sha256()
         for offset, length in windows(nbytes):
             one.update(_exactly(read, name, offset, length))
-        total.update(canonical([name, dtype, list(shape), one.hexdigest()]) + b"\n")
+        total.update(canonical_row(name, dtype, shape, one.hexdigest()) + b"\n")
     return total.hexdigest()
 
 
@@ -246,9 +246,7 @@ def merkle_root(leaves: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
     rows = sorted(leaves, key=lambda row: row[0].encode("utf-8", "surrogatepass"))
     _unique([row[0] for row in rows])
     level = [
-        hashlib.sha256(
-            b"\0" + canonical([name, dtype, list(shape), check_sha256(digest, f"digest of {name}")])
-        ).digest()
+        hashlib.sha256(b"\0" + canonical_row(name, dtype, shape, check_sha256(digest, f"digest of {name}"))).digest()
         for name, dtype, shape, digest in rows
     ]
     while len(level) > 1:
@@ -299,7 +297,7 @@ def _unique(names: list[str]) -> None:
 def _rows(rows: Iterable[tuple[Any, ...]]) -> str:
     total = hashlib.sha256()
     for row in rows:
-        total.update(canonical(list(row)) + b"\n")
+        total.update(canonical_row(*row) + b"\n")
     return total.hexdigest()
 
 

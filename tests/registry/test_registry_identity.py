@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterkit.errors import CheckpointError, RegistryError
+from adapterkit.registry.canonical import canonical, canonical_row
 from adapterkit.registry.identity import (
     PROBED,
     VERDICTS,
@@ -62,6 +63,12 @@ def test_the_merkle_root_is_that_of_rfc_6962(count: int) -> None:
     leaves = [json.dumps([n, d, list(s), h], separators=(",", ":")).encode() for n, d, s, h in rows]
     shuffled = random.Random(1).sample(rows, count)
     assert merkle_root(shuffled) == rfc6962(leaves).hex()
+
+
+@given(st.text(), st.sampled_from(("BF16", "F8_E4M3")), st.lists(st.integers(0, 1 << 60)))
+def test_a_row_is_spelled_as_every_json_value_is(name: str, dtype: str, shape: list[int]) -> None:
+    assert canonical_row(name, dtype, shape, "0f") == canonical([name, dtype, shape, "0f"])
+    assert canonical_row("\ud800", shape) == canonical(["\ud800", shape])  # a name that is no Unicode has one too
 
 
 @given(st.integers(0, 200_000))
