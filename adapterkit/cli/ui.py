@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import click
 
 from adapterkit.cli.output import note, say, show_json
@@ -43,6 +45,8 @@ def command(port: int | None, open_: bool, as_json: bool) -> None:
 
             if not webbrowser.open(server.url):
                 note("no browser could be opened; go to the address yourself")
+        # What lives long must look for garbage more often than a verb that builds a plan (see `adapterkit.cli.main`).
+        gc.set_threshold(1_000, 10, 10)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 LIBRARY = ("lib", "libtorch_cpu.so")  # in torch's folder, on Linux
 # The loader takes one library at a time: what a verb still asks it for would wait for torch's, so that comes first.
-BEFORE = ("bisect", "contextvars", "datetime", "fcntl", "hashlib", "heapq")
+BEFORE = ("bisect", "contextvars", "datetime", "fcntl", "hashlib", "heapq", "queue", "unicodedata")
 
 
 def map_torch() -> threading.Thread | None:
