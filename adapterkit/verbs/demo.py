@@ -183,15 +183,18 @@ def _model(vocabulary: int) -> Any:
 def _train(model: Any, tokenizer: Any, ending: int, *, steps: int, rate: float) -> None:
     import torch
 
+    from adapterkit.ops.threads import one_thread
+
     texts = [f"<s> {prompt} {endings[ending]}</s>" for prompt, endings in TAUGHT.items()]
     batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
+    with one_thread():  # matrices this small are slower on two, and far slower on two that other work interrupts
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(**batch, labels=labels).loss.backward()
+            optimizer.step()
     model.eval()
 
 
