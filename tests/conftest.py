@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from browser import browser, new_page, page  # noqa: F401  (fixtures)
 
@@ -21,6 +22,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 os.environ.pop("HF_TOKEN", None)
+
+# Workers and the processes that they start share the cores; what is about threads asks for them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# No test depends on how busy the machine is.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 # A shell has Ctrl-C ignored for what it runs in the background, and every process started from there inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

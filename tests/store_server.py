@@ -216,7 +216,7 @@ def proxied(server: str) -> Iterator[Proxy]:
             self._answer(status, headers, data, cut=what == CUT, slow=what == SLOW)
 
         def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            connection = HTTPConnection(host, int(port), timeout=60)
+            connection = HTTPConnection(host, int(port), timeout=900)
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 if name.lower() not in ("expect", "connection"):

@@ -11,7 +11,7 @@ from pathlib import Path
 def test_the_demo_shows_that_it_worked_and_can_be_built_upon(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "adapterkit", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
 
     done = run("demo", "d", "--json")
     assert done.returncode == 0, done.stderr

@@ -98,7 +98,7 @@ def test_bytes_are_those_of_llama_cpp(name: str, weighted: bool, backend: Any) -
     kept=st.sampled_from([0.01, 0.2, 1.0]),
     step=st.sampled_from([0.0, 2.0**-8, 0.25]),
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 def test_any_shape_and_scale(
     variant: tuple[str, bool], seed: int, rows: int, blocks: int, exponent: int, kept: float, step: float
 ) -> None:

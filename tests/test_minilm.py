@@ -188,7 +188,7 @@ def test_minilm_tuned_folded_and_converted_embeds_the_same_in_llama_cpp(
     adapterkit.merge(minilm, [tuned.adapter], tmp_path / "tuned.gguf")
     texts = GOOD + BAD
     asked = json.dumps([str(tmp_path / "tuned.gguf"), texts])
-    done = subprocess.run([sys.executable, "-c", _EMBED], input=asked, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _EMBED], input=asked, capture_output=True, text=True, timeout=900)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     assert line is not None, done.stderr[-1500:]
     runtime = torch.nn.functional.normalize(torch.tensor(json.loads(line.removeprefix("RESULT"))), dim=1)

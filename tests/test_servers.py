@@ -213,7 +213,7 @@ def test_ollama_takes_no_adapter_and_the_printed_command_folds_it_in(
     import peft
 
     script = Path(__file__).parents[1] / "examples/recipe/make_inputs.py"
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=900)
     base = tmp_path / "base"
     plain = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
     adapter = make_adapter(tmp_path / "it's mine", base, {**configs(), "plain": plain}[kind])

@@ -74,7 +74,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(folder: Path, names: dict[str, list[str]], preload: list[str]) -> dict[str, Any]:
     """Results by package and scenario."""
     asked = json.dumps({"folder": str(folder), "names": names, "preload": preload})
-    around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    around = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, without.__file__, asked], capture_output=True, text=True, timeout=900, env=around
     )

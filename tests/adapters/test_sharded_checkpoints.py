@@ -62,7 +62,7 @@ def distributed(adapter: Path, tmp_path: Path) -> Path:
     out.mkdir()
     given = [str(adapter / "adapter_model.safetensors"), str(out / "pytorch_model_fsdp_0"), str(tmp_path / "meet")]
     ranks = [subprocess.Popen([sys.executable, "-c", TRAINING, str(rank), *given]) for rank in (0, 1)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=900) for rank in ranks] == [0, 0]
     shutil.copy(adapter / "adapter_config.json", out)
     return out
 

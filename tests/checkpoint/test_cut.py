@@ -49,7 +49,7 @@ def planned(sizes: list[int]) -> Plan:
     return Plan((PlannedFile("model.safetensors", offset, tuple(steps)),))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 200))
 def test_parts_cover_a_file_without_overlap(sizes: list[int], work: int) -> None:
     plan = planned(sizes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
@@ -23,7 +23,7 @@ from adapterkit.errors import AdapterkitError, CheckpointError, UnsafeError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=150)
 
 
 def parse(data: bytes) -> Header:

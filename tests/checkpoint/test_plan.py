@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import INDEX, plain_adapter, plain_base, random_tensors, read_bytes, read_tensors, write_checkpoint
 
@@ -39,7 +39,7 @@ def library_shards(sizes: dict[str, int], limit: int) -> dict[str, str]:
     return dict(split.tensor_to_filename) if split.is_sharded else dict.fromkeys(sizes, "model.safetensors")
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=14), st.integers(1, 150))
 def test_shards_as_the_library_makes_them(sizes: list[int], limit: int) -> None:
     named = {f"layer.{index}.weight": size for index, size in enumerate(sizes)}

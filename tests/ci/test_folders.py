@@ -134,7 +134,7 @@ def test_the_hook_needs_nothing_but_python(adapter: Path, tmp_path: Path) -> Non
     hook = ROOT / "tools/check_adapter_folders"
     assert os.access(hook, os.X_OK)
     command = [sys.executable, "-I", "-S", str(hook), "style/adapter_config.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 3, done.stderr
     assert done.stdout.startswith("style/adapter_config.json:1: error: it names its base by a local path (../base);")
 
@@ -178,7 +178,7 @@ def test_pre_commit_runs_the_hook(adapter: Path, tmp_path: Path) -> None:
 
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pre_commit", "run", "--color", "never"]
-        return subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=900, check=False)
 
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr

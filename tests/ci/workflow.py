@@ -77,7 +77,7 @@ def run_action(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=240,
+            timeout=900,
             check=False,
         )
         run.log += done.stdout

@@ -20,7 +20,7 @@ def completed(*words: str, home: Path) -> list[str]:
     """The values that the executable offers for the last of the words."""
     around = {"COMP_WORDS": " ".join(("adapterkit", *words)), "COMP_CWORD": str(len(words))}
     around |= {"_ADAPTERKIT_COMPLETE": "bash_complete", "ADAPTERKIT_HOME": str(home)}
-    done = subprocess.run([EXECUTABLE], capture_output=True, text=True, timeout=60, env={**os.environ, **around})
+    done = subprocess.run([EXECUTABLE], capture_output=True, text=True, timeout=900, env={**os.environ, **around})
     return [line.partition(",")[2] for line in done.stdout.splitlines() if line.startswith("plain,")]
 
 
@@ -60,13 +60,13 @@ def test_in_a_real_bash(tmp_path: Path) -> None:
     )
     path = f"{EXECUTABLE.parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path}
+        ["bash", "-c", script], capture_output=True, text=True, timeout=900, env={**os.environ, "PATH": path}
     )
     assert done.stdout.split() == ["peft"], done.stderr
 
 
 def test_a_word_that_is_no_verb_gets_the_nearest() -> None:
-    done = subprocess.run([EXECUTABLE, "mrege"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([EXECUTABLE, "mrege"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 2
     assert "Did you mean 'merge'?" in done.stderr
 
@@ -76,7 +76,7 @@ def in_shell(shell: str, script: str, tmp_path: Path) -> str:
     path = f"{EXECUTABLE.parent}{os.pathsep}{os.environ['PATH']}"
     around = {**os.environ, "PATH": path, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "TERM": "dumb"}
     command = [shell, "--no-config", "-c", script] if shell == "fish" else [shell, "-f", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=around, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=around, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -57,7 +57,7 @@ def test_the_commands_that_are_named_work(here: Path, capsys: pytest.CaptureFixt
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])}
 
     def shell(command: str) -> None:
-        done = subprocess.run(["bash", "-c", command], cwd=here, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(["bash", "-c", command], cwd=here, env=env, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, (command, done.stderr)
 
     def here_too(command: str) -> None:
@@ -242,10 +242,10 @@ def test_what_other_libraries_say_is_said_by_us() -> None:
         "from huggingface_hub.utils import are_progress_bars_disabled; print(are_progress_bars_disabled())\n"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TQDM", "PYTHONWARN"))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=clean)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, env=clean)
     assert done.stderr == "warning: a thing went \\x1b[31mwrong\n"
     assert done.stdout.split() == ["1", "True"]
-    asked = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=60)
+    asked = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=900)
     assert asked.stderr.count("RuntimeWarning") == 3
 
 

@@ -96,7 +96,7 @@ def test_on_a_real_terminal(tmp_path: Path) -> None:
                 shown += chunk
         except OSError:  # how Linux says that the other end is closed
             pass
-        said = process.communicate(timeout=120)[0]
+        said = process.communicate(timeout=900)[0]
     os.close(ours)
     assert process.returncode == 0
     assert "tensors changed" in said

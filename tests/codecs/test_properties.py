@@ -14,7 +14,7 @@ from adapterkit.dtypes import F32
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(numbers, min_size=1, max_size=300), st.sampled_from(["nf4", "fp4"]), st.sampled_from([32, 64, 128]))
 def test_4bit_takes_a_nearest_value_and_stays(values: list[float], kind: str, blocksize: int) -> None:
     w = torch.tensor(values)
@@ -30,7 +30,7 @@ def test_4bit_takes_a_nearest_value_and_stays(values: list[float], kind: str, bl
     assert ((same - got).abs() <= 1e-6 * scale).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=600))
 def test_nested_scales_are_within_half_a_step(values: list[float]) -> None:
     absmax = torch.tensor(values)
@@ -41,7 +41,7 @@ def test_nested_scales_are_within_half_a_step(values: list[float]) -> None:
     assert ((got - absmax).abs() <= 0.0142 * scale + 1e-6).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(2, 8).flatmap(lambda b: st.tuples(st.just(b), st.lists(st.integers(0, 2**b - 1), min_size=1))))
 def test_unpacking_inverts_packing(case: tuple[int, list[int]]) -> None:
     bits, values = case
@@ -51,7 +51,7 @@ def test_unpacking_inverts_packing(case: tuple[int, list[int]]) -> None:
     assert unpack(signed, bits, len(values)).tolist() == [values]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(0, 2**31), st.floats(-30, 30))
 def test_fp8_is_within_its_precision(seed: int, power: float) -> None:
     w = torch.randn(128, 256, generator=torch.Generator().manual_seed(seed)) * 2.0**power

@@ -131,7 +131,7 @@ def test_without_bitsandbytes(made: Path, tmp_path: Path) -> None:
         "adapterkit.merge(f'{folder}/llama', [f'{folder}/adapter'], f'{out}/nf4', quant='nf4')\n"
         "adapterkit.convert(f'{folder}/llama', f'{out}/int8', to='int8')\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=900)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoded", "int8", "nf4", "trained"]
 
 
@@ -213,7 +213,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_config_is_read_or_refused(tmp_path_factory, source: str, data: st.DataObject) -> None:
     """One value of a good config replaced, one tensor missing, or of another dtype or shape: no traceback."""
@@ -250,7 +250,7 @@ def read_or_refused(folder: Path) -> None:
         pass
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_state_is_read_or_refused(tmp_path_factory, data: st.DataObject) -> None:
     """The JSON that bitsandbytes keeps in a tensor, with one value of another kind."""

@@ -92,7 +92,6 @@ def test_mutations(name: str, known: dict[str, Reader], tmp_path: Path) -> None:
     @seed(1)
     @settings(
         max_examples=EXAMPLES.get(name, 150),
-        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -57,7 +57,7 @@ def logprobs(
     import numpy as np
 
     asked = json.dumps([[str(file) for file in files], PROMPTS, vocab, str(lora) if lora else "", ubatch, bounds])
-    done = subprocess.run([sys.executable, "-c", _SERVER, asked], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _SERVER, asked], capture_output=True, text=True, timeout=900)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     assert line is not None, f"llama.cpp gave no answer: {done.returncode} {done.stderr[-1500:]}"
     return np.array(json.loads(line.removeprefix("RESULT")))
@@ -133,7 +133,7 @@ def embeddings(file: Path) -> Any:
     import numpy as np
 
     asked = json.dumps([str(file), PROMPTS])
-    done = subprocess.run([sys.executable, "-c", _EMBEDDING, asked], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _EMBEDDING, asked], capture_output=True, text=True, timeout=900)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     assert line is not None, f"llama.cpp gave no answer: {done.returncode} {done.stderr[-1500:]}"
     return np.array(json.loads(line.removeprefix("RESULT")))

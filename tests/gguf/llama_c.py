@@ -59,7 +59,7 @@ def seq2seq(file: Path, prompts: Any, first: int = 0, vocab: int = 288) -> Any:
     import numpy as np
 
     asked = json.dumps([str(file), prompts, first, vocab])
-    done = subprocess.run([sys.executable, "-c", _SEQ2SEQ, asked], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _SEQ2SEQ, asked], capture_output=True, text=True, timeout=900)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     assert line is not None, f"llama.cpp gave no answer: {done.returncode} {done.stderr[-1500:]}"
     values = np.array(json.loads(line.removeprefix("RESULT")), dtype=np.float64)

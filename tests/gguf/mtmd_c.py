@@ -83,7 +83,7 @@ def seen(
 
     asked = json.dumps([str(text), str(projector), kind, list(media), list(size), least, most])
     code = _SEEN.replace("json.loads(sys.argv[1])", "json.loads(sys.stdin.read())")
-    done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, timeout=900)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     assert line is not None, f"llama.cpp gave no answer: {done.returncode} {done.stderr[-1500:]}"
     return [np.array(part) for part in json.loads(line.removeprefix("RESULT"))]

@@ -49,7 +49,7 @@ print("RESULT" + json.dumps(found))
 def scores(*files: Path) -> Any:
     """Float64 ``[files, texts]``: what the rerank endpoint says of `TEXTS`."""
     asked = json.dumps([[str(file) for file in files], QUERY, TEXTS])
-    done = subprocess.run([sys.executable, "-c", _SERVER, asked], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _SERVER, asked], capture_output=True, text=True, timeout=900)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     assert line is not None, f"llama.cpp gave no answer: {done.returncode} {done.stderr[-1500:]}"
     return np.array(json.loads(line.removeprefix("RESULT")))

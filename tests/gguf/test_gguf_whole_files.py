@@ -185,7 +185,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def llama_quantize(base: Path, out: Path, mix: str, *options: str) -> None:
     command = [PROGRAM, *options, str(base), str(out), mix, "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=base.parent, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=base.parent, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
 
 

@@ -247,7 +247,7 @@ def test_by_the_command_line(tmp_path: Path) -> None:
         "ollama",
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["out"] == str(tmp_path / "out.gguf")
     assert (tmp_path / "out.gguf.Modelfile").read_text().startswith("FROM ./out.gguf\nTEMPLATE ")

@@ -247,7 +247,7 @@ def test_matrices_added_up(tmp_path: Path, tokenizer: str, words: Path) -> None:
     imatrix(folder, words, one, chunk=CHUNK)
     imatrix(folder, tmp_path / "other.txt", other, chunk=CHUNK, chunks=3)
     command = [sys.executable, "-m", "adapterkit", "imatrix", "--in-file", one, "--in-file", other]
-    done = subprocess.run([*command, "-o", both, "--json"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "-o", both, "--json"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     parts, sums = (values(one), values(other)), values(both)
     assert list(sums) == list(parts[0])

@@ -70,12 +70,12 @@ def test_refused_and_nothing_left(name: str, model: Path, tmp_path: Path) -> Non
 def test_pre_by_name_and_its_note_on_the_command_line(model: Path, tmp_path: Path) -> None:
     source = changed(model, tmp_path / "hf", WRONG["pre"][0])
     command = [sys.executable, "-m", "adapterkit", "convert", source, "-o", tmp_path / "out.gguf"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
     assert done.stderr.startswith("error: llama.cpp has no pre-tokenizer")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out.gguf").exists()
-    done = subprocess.run([*command, "--pre", "qwen2"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--pre", "qwen2"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     header = open_gguf(tmp_path / "out.gguf").header
     assert header["tokenizer.ggml.pre"] == "qwen2"

@@ -30,7 +30,7 @@ for file, cases in json.loads(sys.stdin.read()):
     p.cpuparams.n_threads = 1; p.verbosity = -1; p.port = 0
     server = x.Server(p)
     place = urllib.parse.urlparse(server.listening_address)
-    line = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
+    line = http.client.HTTPConnection(place.hostname, place.port, timeout=900)
     rows = []
     for content, special in cases:
         asked = json.dumps({"content": content, "add_special": special, "parse_special": True}).encode()
@@ -81,7 +81,7 @@ def write_model(path: Path, vocab: Vocab) -> Path:
 def tokenized(cases: Mapping[Path, Sequence[tuple[str, bool]]]) -> dict[Path, list[list[int]]]:
     """llama.cpp's ids of each text, by model; the flag says whether special tokens are put around it."""
     asked = json.dumps([[str(path), list(texts)] for path, texts in cases.items()])
-    done = subprocess.run([sys.executable, "-c", _SERVER], input=asked, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", _SERVER], input=asked, capture_output=True, text=True, timeout=900)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     assert line is not None, f"llama.cpp gave no answer: {done.returncode} {done.stdout[-500:]} {done.stderr[-2500:]}"
     return dict(zip(cases, json.loads(line.removeprefix("RESULT")), strict=True))

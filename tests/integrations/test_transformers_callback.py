@@ -228,12 +228,12 @@ train(Path(sys.argv[1]), Path(sys.argv[2]), RegisterCallback("tickets"), resume=
 def test_sigkill_while_it_registers(at: int, base: Path, home: Path, tmp_path: Path) -> None:
     out, here = tmp_path / "out", Path(__file__).parent
     command = [sys.executable, "-c", CHILD, str(base), str(out), str(here), str(here.parent)]
-    done = subprocess.run(command, env={**os.environ, "KILL_AT": str(at)}, check=False, timeout=300)
+    done = subprocess.run(command, env={**os.environ, "KILL_AT": str(at)}, check=False, timeout=900)
     assert done.returncode == -signal.SIGKILL
     from adapterkit.registry.fsck import fsck
 
     assert fsck(home=home).clean
-    done = subprocess.run(command, env={**os.environ, "KILL_AT": "0", "RESUME": "1"}, check=False, timeout=300)
+    done = subprocess.run(command, env={**os.environ, "KILL_AT": "0", "RESUME": "1"}, check=False, timeout=900)
     assert done.returncode == 0
     steps = [verbs.show(f"tickets@{n}").record.meta["step"] for n in Home(home).versions("tickets")]
     assert steps == ["2", "4"]

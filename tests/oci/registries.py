@@ -71,7 +71,7 @@ class Proxy:
         instead = self.rule(method, path, headers)
         if instead is not None:
             return instead[0], instead[1].items(), instead[2]
-        connection = http.client.HTTPConnection(self.behind, timeout=30)
+        connection = http.client.HTTPConnection(self.behind, timeout=900)
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
         data = self.alter(method, path, answer.read())

@@ -162,7 +162,7 @@ def test_it_is_a_modelpack_that_other_tools_read_and_copy(host: str, tickets: Pa
         source,
         f"docker://{host}/copied/pack:v1",
     ]
-    subprocess.run([skopeo, "--insecure-policy", *copy], check=True, timeout=60, capture_output=True)
+    subprocess.run([skopeo, "--insecure-policy", *copy], check=True, timeout=900, capture_output=True)
     assert elsewhere(tmp_path, f"oci://{host}/copied/pack@sha256:{done.digest}").new
 
 

@@ -11,7 +11,7 @@ from adapterkit.ops.rows import Dense, materialize
 from adapterkit.ops.rules import combine
 from adapterkit.ops.rules.linear import stock_ratio
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 signed = st.one_of(st.floats(1e-3, 4), st.floats(-4, -1e-3))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from adapterkit.errors import AdapterError, UsageError
 from adapterkit.ops.lowrank import Factors, core_of, numerical_rank, spectrum, stack, svd, truncate
 
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=60)
 signed = st.one_of(st.just(0.0), st.floats(1e-3, 4), st.floats(-4, -1e-3))
 
 

@@ -14,7 +14,7 @@ from adapterkit.ops.measure import compare, cosine, effective_rank, inner, norm,
 from adapterkit.ops.rows import Dense
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(families(most=2))
 def test_norms_and_products_are_the_dense_ones(parts: list[Factors]) -> None:
     x, y = parts[0], parts[-1]

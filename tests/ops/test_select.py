@@ -12,7 +12,7 @@ from adapterkit.ops.rows import Dense
 from adapterkit.ops.select import energy, kth_magnitudes, row_energies
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(
         st.one_of(st.floats(width=32, allow_nan=False, allow_infinity=False), st.sampled_from([0.0, -0.0, 1.0, -1.0])),

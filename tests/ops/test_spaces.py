@@ -21,7 +21,7 @@ def close(found: object, expected: torch.Tensor, tolerance: float = 1e-5) -> boo
     return float((matrix(found) - expected).norm()) <= tolerance * float(expected.norm())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(families())
 def test_knots_and_core_lose_nothing_with_the_linear_rule(parts: list[Factors]) -> None:
     weights = [(-0.5) ** i for i in range(len(parts))]

@@ -72,13 +72,13 @@ def test_small_tensors_take_turns_and_large_ones_do_not_wait() -> None:
 
     def large(barrier: threading.Barrier) -> None:
         with turns.of(SMALL):
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=900)
 
     for work in (small, partial(large, threading.Barrier(2))):
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=60)
+            thread.join(timeout=900)
         assert not any(thread.is_alive() for thread in threads)
     assert met == [False, False]

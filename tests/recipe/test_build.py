@@ -134,13 +134,13 @@ print([name for name in ("torch", "numpy", "transformers", "numba", "peft") if n
 def test_without_work_nothing_heavy_is_imported(arguments: list[str], recipe: Path) -> None:
     build(recipe)
     command = [sys.executable, "-c", CHILD, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, timeout=900, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
 
 
 def test_a_plan_of_what_is_not_made_imports_nothing_heavy(recipe: Path) -> None:
     command = [sys.executable, "-c", CHILD, "build", "--plan"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, timeout=900, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
     assert "in one pass with half" in done.stdout
     assert not (recipe.parent / "build").exists()

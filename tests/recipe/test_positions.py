@@ -81,7 +81,7 @@ SCALARS = st.integers(-5, 5) | st.booleans() | st.floats(allow_nan=False, allow_
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
 
 
-@settings(suppress_health_check=list(HealthCheck), deadline=None)
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(KEYS, VALUES, max_size=4))
 def test_every_path_that_tomllib_sees_has_a_line(document: dict[str, Any]) -> None:
     import tomlkit

@@ -26,7 +26,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the example: a base with a tokenizer, and two adapters."""
     root = tmp_path_factory.mktemp("options")
     script = Path(__file__).parents[2] / "examples/recipe/make_inputs.py"
-    subprocess.run([sys.executable, str(script), str(root / "inputs")], check=True, timeout=120)
+    subprocess.run([sys.executable, str(script), str(root / "inputs")], check=True, timeout=900)
     return root / "inputs"
 
 

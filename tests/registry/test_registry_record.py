@@ -70,7 +70,6 @@ def record(**fields: Any) -> Record:
 
 
 @given(JSON)
-@settings(deadline=None)
 def test_canonical_bytes_read_back_to_the_same_value_and_do_not_depend_on_key_order(value: Any) -> None:
     data = canonical(thaw(freeze(value, "value")))
     again = parse(data, "value")
@@ -81,7 +80,7 @@ def test_canonical_bytes_read_back_to_the_same_value_and_do_not_depend_on_key_or
 
 
 @given(RECORDS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_record_reads_back_and_its_digest_is_the_sha256_of_the_rest(wanted: Record) -> None:
     assert read(wanted.data, "record") == wanted
     plain = json.loads(wanted.data)
@@ -91,7 +90,7 @@ def test_a_record_reads_back_and_its_digest_is_the_sha256_of_the_rest(wanted: Re
 
 
 @given(RECORDS, st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_flipped_bit_of_a_record_is_read(wanted: Record, data: st.DataObject) -> None:
     damaged = bytearray(wanted.data)
     damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -100,7 +99,7 @@ def test_no_flipped_bit_of_a_record_is_read(wanted: Record, data: st.DataObject)
 
 
 @given(RECORDS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_published_schema_accepts_every_record(wanted: Record) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(resources.files("adapterkit.registry").joinpath("record.schema.json").read_text())

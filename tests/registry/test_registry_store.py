@@ -258,7 +258,7 @@ def test_of_two_writers_that_expect_the_same_one_wins(home: Path, make: Any) -> 
         workers = [FORK.Process(target=racer, args=(str(home), n, at, results)) for n in range(2, 8) if n != at]
         for worker in workers:
             worker.start()
-        wins = [found for found in (results.get(timeout=60) for _ in workers) if found]
+        wins = [found for found in (results.get(timeout=900) for _ in workers) if found]
         for worker in workers:
             worker.join()
         assert len(wins) == 1
@@ -279,7 +279,7 @@ def test_the_same_body_from_many_processes_becomes_one_version(home: Path) -> No
     workers = [FORK.Process(target=adder, args=(str(home), results)) for _ in range(6)]
     for worker in workers:
         worker.start()
-    found = [row for _ in workers for row in results.get(timeout=60)]
+    found = [row for _ in workers for row in results.get(timeout=900)]
     for worker in workers:
         worker.join()
     assert {version for version, _ in found} == {1}

@@ -182,7 +182,7 @@ def test_an_option_that_means_nothing_is_refused(verb: str, tmp_path: Path) -> N
     before = sorted(tmp_path.rglob("*"))
     command = [sys.executable, "-m", "adapterkit", *NOTHING[verb](tmp_path)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={"ADAPTERKIT_HOME": str(tmp_path / "home")}
+        command, capture_output=True, text=True, timeout=900, env={"ADAPTERKIT_HOME": str(tmp_path / "home")}
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scales(url: str) -> list[float]:
-    with urllib.request.urlopen(f"{url}/lora-adapters", timeout=20) as answer:
+    with urllib.request.urlopen(f"{url}/lora-adapters", timeout=900) as answer:
         return [row["scale"] for row in json.loads(answer.read())]
 
 
@@ -54,7 +54,7 @@ def answer(url: str, lora: list[dict[str, Any]] | None = None) -> Any:
     request = urllib.request.Request(
         f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=20) as found:
+    with urllib.request.urlopen(request, timeout=900) as found:
         return [one["logprob"] for one in json.loads(found.read())["completion_probabilities"]]
 
 

@@ -127,7 +127,7 @@ class Shell:
         assert words[0] in REAL, f"{self.page}: nobody runs {words[0]}; add a stand-in, or show it as text"
         words = [name for word in words for name in (sorted(glob.glob(word, root_dir=self.folder)) or [word])]
         program = [sys.executable, *words[1:]] if words[0] == "python" else words
-        done = subprocess.run(program, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(program, cwd=self.folder, capture_output=True, text=True, timeout=900, check=False)
         return done.returncode, done.stdout, done.stderr
 
 

@@ -539,7 +539,7 @@ for status in sys.argv[3:]:
         env={**os.environ, **where, **once, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=900,
     )
     told = [line.split(" ", 2) for line in done.stdout.splitlines()]
     print(done.stdout)

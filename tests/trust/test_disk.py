@@ -507,7 +507,7 @@ def test_the_package_is_imported_where_there_is_no_fcntl() -> None:
         "import adapterkit.cli, adapterkit.registry.blobs, adapterkit.checkpoint.write, adapterkit.verbs.merge\n"
         "from adapterkit.disk import calls; print(calls.fcntl)"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], timeout=120).strip() == b"None"
+    assert subprocess.check_output([sys.executable, "-c", code], timeout=900).strip() == b"None"
 
 
 def test_names_that_differ_in_case_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_a_process_with_little_address_space(megabytes: int, inputs: tuple[Path,
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
 
     command = [sys.executable, "-m", "adapterkit", "merge", *map(str, inputs), "-o", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=900, check=False)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0 or (done.returncode == 1 and "memory" in done.stderr.splitlines()[-1]), done.stderr
     assert (tmp_path / "out").exists() == (done.returncode == 0)

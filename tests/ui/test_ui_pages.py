@@ -33,7 +33,7 @@ Serve = Callable[[], str]
 
 
 def text_of(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=900) as answer:
         page = answer.read().decode()
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
 
@@ -140,7 +140,7 @@ def test_the_way_to_what_is_deployed(tone: Path, tmp_path: Path, serve: Serve) -
     family = lineage("tone@2")
     contents = {verbs.show(name).record.content for name in ("house", "tone@2", "desk")}
     assert deployed_path(family) == contents
-    with urllib.request.urlopen(serve() + "/v/tone/2", timeout=20) as answer:
+    with urllib.request.urlopen(serve() + "/v/tone/2", timeout=900) as answer:
         page = answer.read().decode()
     assert page.count("node lit") + page.count("node root lit") == 3
     assert "Thick lines lead to what an alias points to." in page
@@ -153,7 +153,7 @@ def test_a_card(tone: Path, tmp_path: Path, serve: Serve) -> None:
         "---\nlicense: mit\n---\n# Tone\n\n<script>x</script> **bold** [here](http://x)\n"
     )
     register(folder, "carded")
-    with urllib.request.urlopen(serve() + "/v/carded/1", timeout=20) as answer:
+    with urllib.request.urlopen(serve() + "/v/carded/1", timeout=900) as answer:
         page = answer.read().decode()
     assert "&lt;script&gt;x&lt;/script&gt; bold here (http://x)" in page
     assert "<script>x" not in page

@@ -39,7 +39,7 @@ def add(home: Path, name: str, number: int = 0, kind: str = "adapter", **fields:
 
 def ask(url: str, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
     host = url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=20)
+    connection = http.client.HTTPConnection(host, timeout=900)
     connection.putrequest(method, path, skip_host="Host" in headers)
     for name, value in headers.items():
         connection.putheader(name, value)
@@ -147,7 +147,7 @@ def test_what_is_no_http_is_no_harm(serve: Serve, home: Path) -> None:
         b"GET / HTTP/1.1\r\n" + b"a" * 70000,
         b"",
     ):
-        with socket.create_connection((host, port), timeout=20) as raw:
+        with socket.create_connection((host, port), timeout=900) as raw:
             raw.sendall(sent)
             raw.shutdown(socket.SHUT_WR)
             raw.recv(4096)

@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base as a folder and as a GGUF file, an adapter, and their merge."""
     folder = tmp_path_factory.mktemp("metadata")
     script = Path(__file__).parents[2] / "examples/recipe/make_inputs.py"
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, timeout=120)
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, timeout=900)
     said = {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     _edit(folder / "base/config.json", **said)
     _edit(folder / "base/tokenizer_config.json", chat_template=TEMPLATE)
