@@ -325,3 +325,21 @@ def test_a_memory_map_is_written_in_place(tmp_path: Any) -> None:
     target = np.memmap(tmp_path / "t", dtype=np.uint8, mode="w+", shape=(5, 144))
     encode_into("Q4_K", rows, target)
     assert np.array_equal(target, encode("Q4_K", rows))
+
+
+def test_float16_is_widened_as_torch_widens_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pattern of bits, rows that sixteen lanes do not fill, and where numba gives something else."""
+    every = np.arange(1 << 16, dtype=np.uint16)
+    expected = torch.from_numpy(every.view(np.float16)).float().numpy()
+
+    def check(first: int, count: int) -> None:
+        found, wanted = backends.widened(every[first : first + count]), expected[first : first + count]
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(np.signbit(found), np.signbit(wanted))
+
+    assert backends._widens()
+    for count in (1 << 16, 50_003, 31, 16, 3, 0):
+        check(0, count)
+        check(1, count)
+    monkeypatch.setattr(backends, "_widens", lambda: False)
+    check(0, 1 << 16)

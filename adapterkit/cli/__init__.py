@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import signal
 import sys
 from typing import Any, NamedTuple
@@ -261,6 +262,9 @@ def main(arguments: list[str] | None = None) -> Any:
     # torch is a million small objects that all live on, and a plan of 92,000 tensors is several: to look through them for
     # circles again and again took a third of the time of a plan, and 60 ms of an import.
     gc.set_threshold(1_000_000, 50, 100)
+    # Importing numpy starts the threads of OpenBLAS, and each spins for 2^26 ticks before it sleeps: a tenth of a second of
+    # every core, for a library that is hardly used. 2^4 is its least.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     with spelled(_as_flag):
         _run(given)
 

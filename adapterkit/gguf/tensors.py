@@ -121,8 +121,10 @@ def _leaf(tensor: Tensor) -> Stored | None:
 
 
 def _wide(leaf: Stored, start: int, stop: int) -> npt.NDArray[np.float32]:
-    """Elements of a stored float tensor in float32."""
+    """Elements of a stored float tensor in float32, where numba compiles."""
     import numpy as np
+
+    from adapterkit.gguf.kernels.backends import widened
 
     size = leaf.dtype.bits // 8
     data = np.empty((stop - start) * size, dtype=np.uint8)
@@ -130,7 +132,7 @@ def _wide(leaf: Stored, start: int, stop: int) -> npt.NDArray[np.float32]:
         leaf.source.read_into(data.data, leaf.offset + start * size)
     if leaf.dtype.code == "BF16":
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return data.view("<f4" if leaf.dtype.code == "F32" else "<f2").astype(np.float32, copy=False)
+    return data.view("<f4") if leaf.dtype.code == "F32" else widened(data.view("<u2"))
 
 
 class Quantized(Tensor):

@@ -116,13 +116,17 @@ def _kernel(name: str, weighted: bool) -> Any:
         _version = version
         return _encode(block, n, size, range(subs), row_mean, x, importance, columns, out)
 
+    return _compiled(kernel)
+
+
+def _compiled(function: Any) -> Any:
     how = {"nogil": True, "error_model": "numpy", "fastmath": False}
     try:
-        return njit(cache=True, **how)(kernel)
+        return njit(cache=True, **how)(function)
     except (
         RuntimeError
     ):  # no folder that numba may write to, as in a read-only container: compiled anew by each process
-        return njit(cache=False, **how)(kernel)
+        return njit(cache=False, **how)(function)
 
 
 @cache
@@ -132,3 +136,16 @@ def kernel(name: str, weighted: bool) -> Any:
     It returns the bits of the largest magnitude in ``x``, which cost nothing there and tell whether all is finite.
     """
     return _kernel(name, weighted)
+
+
+@cache
+def halves() -> Any:
+    """``halves(bits uint16 [n], out float32 [n])``: float16 values as float32, all of them where ``LANES`` divides n."""
+    version = _SOURCES
+
+    def widen(read: Any, out: Any) -> None:
+        _version = version
+        for start in range(0, read.size - LANES + 1, LANES):
+            simd.from_halves(read, start, out)
+
+    return _compiled(widen)
