@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "bf16", "f16", "f32"]),
     default="auto",
     show_default=True,
-    help="To compute in.",
+    help="To compute in. auto: float32 on the CPU, with weights in memory as they are stored; elsewhere the model's own.",
 )
 @click.option(
     "--device",
@@ -106,5 +106,5 @@ def command(
         return
     for said in report.notes:
         note(f"note: {said}")
-    ran = f"{report.chunks} chunks of {report.chunk} tokens"
+    ran = f"{report.chunks} chunks of {report.chunk} tokens, computed in {report.computed}"
     say(f"{report.out}: {count(report.tensors)} weights over {ran}, {report.seconds:.1f} s")

@@ -53,6 +53,8 @@ class Activations(TorchFunctionMode):
         named = [(p.data_ptr(), name, p) for name, p in model.named_parameters() if p.dim() >= 2]
         self._named = sorted(named, key=lambda one: one[0])
         self._starts = [start for start, _, _ in self._named]
+        # The input seen last, its version, and the sums of its squares: q, k and v have one input, gate and up too.
+        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if len(args) > 1:
@@ -86,16 +88,27 @@ class Activations(TorchFunctionMode):
             zeros = torch.zeros(matrices, width, dtype=torch.float64)
             found = self.sums[name] = ActivationSums(zeros, torch.zeros(matrices, dtype=torch.float64), turned)
         with torch.no_grad():
-            rows = inputs.detach().float().square()
-            if rows.device.type == "mps":
-                rows = rows.cpu()  # it has no float64 to sum in
             if seen == 1:
-                found.squares[first] += rows.reshape(-1, width).sum(0, dtype=torch.float64).cpu()
-                found.counts[first] += rows.numel() // width
+                found.squares[first] += self._summed(inputs)
+                found.counts[first] += inputs.numel() // width
             elif inputs.dim() == weight.dim() and inputs.shape[0] == seen:
+                rows = _squares(inputs)
                 found.squares[first : first + seen] += rows.sum(-2, dtype=torch.float64).cpu()
                 # Some experts get every token, those of others as zeros.
                 found.counts[first : first + seen] += (rows.amax(-1) > 0).sum(-1).cpu()
+
+    def _summed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The squares of all rows of an input, summed; of the input seen last they are known, if nobody wrote into it."""
+        if self._last is None or self._last[0] is not inputs or self._last[1] != inputs._version:
+            rows = _squares(inputs)
+            found = rows.reshape(-1, rows.shape[-1]).sum(0, dtype=torch.float64).cpu()
+            self._last = inputs, inputs._version, found
+        return self._last[2]
+
+
+def _squares(inputs: torch.Tensor) -> torch.Tensor:
+    rows = inputs.detach().float().square()
+    return rows.cpu() if rows.device.type == "mps" else rows  # it has no float64 to sum in
 
 
 def in_gguf(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.limits import IN_TRANSFORMERS, MAPPED, check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
+from adapterkit.dtypes import BF16, F16, F32, FLOATS
 from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.ops.device import CPU, check_there
 from adapterkit.ops.device import opened as open_device
@@ -24,6 +25,7 @@ from adapterkit.verbs.plain_text import read_text, text_ids
 if TYPE_CHECKING:
     import torch
 
+    from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
@@ -39,6 +41,7 @@ class ImatrixReport:
     Attributes:
         tensors: weights that the file has values for.
         chunks, chunk: how many stretches of how many tokens the model ran over.
+        computed: the dtype of activations, as ``f32``.
         missing: weights that nothing was multiplied by.
     """
 
@@ -48,6 +51,7 @@ class ImatrixReport:
     tensors: int
     chunks: int
     chunk: int
+    computed: str = ""
     missing: tuple[str, ...] = ()
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
@@ -76,7 +80,8 @@ def imatrix(
         out: the ``.gguf`` to make; it appears whole or not at all.
         chunk: tokens at a time.
         chunks: at most so many; by default all of the text.
-        dtype: to compute in: ``auto`` (the model's own), ``bf16``, ``f16`` or ``f32``.
+        dtype: to compute in: ``bf16``, ``f16`` or ``f32``, which weights have in memory too. ``auto`` is float32 on the CPU,
+            on weights that stay in memory as they are stored (a quantized model: its own), and the model's own on a device.
         device: where the model runs: cpu, cuda, cuda:1, mps. Sums are as far those of the CPU as the dtype computes.
         force: replace an existing output.
         progress: called with chunks done and chunks in all.
@@ -126,7 +131,7 @@ def imatrix(
     # The plan is made again when the values are there; this one has the same sizes, and finds out what cannot be written.
     blank = _layout({name: _zeros(array.shape) for name, array in arrays.items()}, [str(text)], 0, chunk)
     check_output(plan_gguf(blank), opened.sources, place, force=force)
-    sums, done = _run(opened, said, chunk, chunks, (dtype, device), progress)
+    sums, done, computed = _run(opened, names, said, (chunk, chunks), (dtype, device), progress)
     check_unchanged(opened.sources)
     found = in_gguf(sums, names, shapes, arrays)
     if not found:
@@ -146,7 +151,7 @@ def imatrix(
         facts = open_device(device).said()
         notes += (f"run on {device} ({facts['name']}): sums are the CPU's but for rounding",)
     seconds = time.monotonic() - started
-    return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, missing, seconds, notes)
+    return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, computed, missing, seconds, notes)
 
 
 def _is_loaded(name: str, *, alone: bool) -> bool:
@@ -217,26 +222,31 @@ def _maps(opened: Checkpoint) -> tuple[Any, dict[str, tuple[int, ...]], dict[str
 
 
 def _run(
-    opened: Checkpoint, said: str, chunk: int, most: int | None, where: tuple[str, str], progress: Progress | None
-) -> tuple[dict[str, Any], int]:
-    """Sums by parameter, and how many chunks the model ran over."""
+    opened: Checkpoint,
+    names: Names,
+    said: str,
+    size: tuple[int, int | None],
+    where: tuple[str, str],
+    progress: Progress | None,
+) -> tuple[dict[str, Any], int, str]:
+    """Sums by parameter, how many chunks the model ran over, and the dtype of what it computed."""
     import torch
 
     need("transformers", "tokenizers", what="imatrix runs the model in transformers", extra="demo")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from adapterkit.gguf.activations import Activations
-    from adapterkit.requests.merge import parse_floats
+    from adapterkit.gguf.widened import Widened
 
     folder = opened.sources[0].path
     assert folder is not None
-    dtype, place = where
-    floats, there = parse_floats(dtype), open_device(place)
+    (chunk, most), (dtype, place) = size, where
+    there = open_device(place)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.parent)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder.parent, dtype="auto" if floats is None else floats.torch, experts_implementation="eager"
-        ).eval()
+        # A quantized model computes as its library has it.
+        kept = dtype == "auto" and there.here and "quantization_config" not in opened.config
+        model = _loaded(folder.parent, dtype, partial(_stored, opened, names) if kept else None)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(
@@ -251,17 +261,40 @@ def _run(
         raise UsageError(message, f"give more text, or a smaller {option('chunk')}")
     if not there.here:
         model.to(there.place)
-    gathering = Activations(model)
+    gathering, widened = Activations(model), Widened(model.parameters() if kept else ())
     with torch.no_grad(), there.models():
         for number in range(count):
             row = ids[number * chunk : (number + 1) * chunk]
             if first is not None:
                 row[0] = first
-            with gathering:
+            with widened, gathering:
                 model(input_ids=there.up(torch.tensor([row])), use_cache=False, logits_to_keep=1)
             if progress is not None:
                 progress(number + 1, count)
-    return gathering.sums, count
+    with widened:
+        computed = next(row.label for row in FLOATS if row.torch == model.dtype)
+    return gathering.sums, count, computed
+
+
+def _loaded(folder: Path, dtype: str, stored: Callable[[str], torch.dtype] | None) -> Any:
+    """The model, in one dtype, or each parameter as it is stored."""
+    from adapterkit.requests.merge import parse_floats
+    from adapterkit.verbs.stored_model import load_stored
+
+    if stored is not None:
+        return load_stored(folder, stored, experts_implementation="eager").eval()
+    from transformers import AutoModelForCausalLM
+
+    floats = parse_floats(dtype)
+    asked = "auto" if floats is None else floats.torch
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=asked, experts_implementation="eager").eval()
+
+
+def _stored(opened: Checkpoint, names: Names, parameter: str) -> torch.dtype:
+    """The dtype that a parameter has in the files, if it is one of 16 bits; else float32, which holds it."""
+    target = names.find(parameter) or names.find(names.tied(parameter) or "")
+    found = {opened[piece.tensor].dtype for piece in target.pieces} if target is not None else set()
+    return (found.pop() if len(found) == 1 and found <= {BF16, F16} else F32).torch
 
 
 def _zeros(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import load_model
+from safetensors.torch import load_file, save_file
 from vocab_zoo import byte_level
 
 from adapterkit.cli import main
@@ -22,6 +23,7 @@ from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.vocab import pretokenizers
 from adapterkit.verbs.convert import convert
 from adapterkit.verbs.imatrix import added, imatrix
+from adapterkit.verbs.stored_model import load_stored
 
 CHUNK = 32
 COMMON: dict[str, Any] = {
@@ -126,6 +128,46 @@ def test_dense_layers(tmp_path: Path, tokenizer: str, words: Path) -> None:
     assert header["general.type"] == "imatrix"
     assert (header["imatrix.datasets"], header["imatrix.chunk_count"]) == ([str(words)], len(rows))
     assert header["imatrix.chunk_size"] == CHUNK
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+        ("Qwen3MoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}),
+    ],
+)
+def test_weights_of_16_bits_compute_in_float32(
+    cls: str, config: dict[str, Any], tmp_path: Path, tokenizer: str, words: Path
+) -> None:
+    """Byte for byte what a model of float32 weights gives, also where norms are stored wider; unless a dtype is asked for."""
+    folder = build(tmp_path / "hf", cls, tokenizer, **config)
+    tensors = load_file(folder / "model.safetensors")
+    stored = {name: value if "norm" in name else value.bfloat16() for name, value in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    computed = {}
+    for dtype in ("auto", "f32", "bf16"):
+        computed[dtype] = imatrix(
+            folder, words, tmp_path / f"{dtype}.gguf", chunk=CHUNK, chunks=2, dtype=dtype
+        ).computed
+    assert computed == {"auto": "f32", "f32": "f32", "bf16": "bf16"}
+    auto, wide, narrow = ((tmp_path / f"{dtype}.gguf").read_bytes() for dtype in computed)
+    assert auto == wide != narrow
+
+
+def test_a_model_is_loaded_with_the_dtypes_that_are_asked_for(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    model = load_stored(tmp_path, lambda name: torch.float32 if "norm" in name else torch.bfloat16)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name
+    assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
 
 
 def test_experts_apart(tmp_path: Path, tokenizer: str, words: Path) -> None:
