@@ -236,7 +236,7 @@ def _run(
     from transformers import AutoTokenizer
 
     from adapterkit.gguf.activations import Activations
-    from adapterkit.gguf.widened import Widened
+    from adapterkit.gguf.as_float32 import AsFloat32
 
     folder = opened.sources[0].path
     assert folder is not None
@@ -261,7 +261,7 @@ def _run(
         raise UsageError(message, f"give more text, or a smaller {option('chunk')}")
     if not there.here:
         model.to(there.place)
-    gathering, widened = Activations(model), Widened(model.parameters() if kept else ())
+    gathering, widened = Activations(model), AsFloat32(model.parameters() if kept else ())
     with torch.no_grad(), there.models():
         for number in range(count):
             row = ids[number * chunk : (number + 1) * chunk]

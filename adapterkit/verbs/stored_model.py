@@ -34,11 +34,11 @@ def load_stored(folder: Path, stored: Callable[[str], torch.dtype], **more: Any)
     made, config = type(empty), empty.config
     dtypes = {name: stored(name) for name, _ in empty.named_parameters(remove_duplicate=False)}
 
-    class Stored(made):  # type: ignore[misc, valid-type]
+    class _Kept(made):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             for name, parameter in self.named_parameters(remove_duplicate=False):
                 parameter.data = parameter.data.to(dtypes[name])
 
-    Stored.__name__, Stored.__qualname__, Stored.__module__ = made.__name__, made.__qualname__, made.__module__
-    return Stored.from_pretrained(folder, config=config, dtype=torch.float32, **more)
+    _Kept.__name__, _Kept.__qualname__, _Kept.__module__ = made.__name__, made.__qualname__, made.__module__
+    return _Kept.from_pretrained(folder, config=config, dtype=torch.float32, **more)

@@ -44,7 +44,7 @@ _PICKS = _named(
 _CASTS = _named("float to type type_as")
 
 
-class Widened(TorchFunctionMode):
+class AsFloat32(TorchFunctionMode):
     """While it is entered, parameters in 16 bits count as float32 ones of the same values.
 
     Args:

@@ -1,4 +1,4 @@
-"""`Widened`: 16-bit parameters compute as float32 ones do, and are never turned into float32 as a whole for a part of them."""
+"""`AsFloat32`: 16-bit parameters compute as float32 ones do, and are never turned into float32 as a whole for a part of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from adapterkit.gguf.widened import Widened
+from adapterkit.gguf.as_float32 import AsFloat32
 
 
 class Odd(torch.nn.Module):
@@ -47,7 +47,7 @@ def odd() -> Odd:
 def test_computes_as_float32(dtype: torch.dtype) -> None:
     model, ids = odd().to(dtype), torch.arange(40) % 64
     wide = odd().to(dtype).float()
-    with torch.no_grad(), Widened(model.parameters()):
+    with torch.no_grad(), AsFloat32(model.parameters()):
         found = model(ids)
         assert (model.scale.dtype, model.scale[:2].dtype, model.router.T.dtype) == (torch.float32,) * 3
     assert {one.dtype for one in model.parameters()} == {dtype}
@@ -58,7 +58,7 @@ def test_computes_as_float32(dtype: torch.dtype) -> None:
 
 def test_what_is_no_parameter_stays_as_it_is() -> None:
     model, given = torch.nn.Linear(4, 4).half(), torch.ones(3, 4).half()
-    with torch.no_grad(), Widened(model.parameters()):
+    with torch.no_grad(), AsFloat32(model.parameters()):
         assert (given.dtype, (given * 2).dtype, given[0].dtype) == (torch.float16,) * 3
         assert (model.weight.shape, len(model.weight), model.weight.stride()) == ((4, 4), 4, (4, 1))
         assert model.weight.data_ptr() == model.weight[0].data_ptr() == model.weight.float().data_ptr()
@@ -75,7 +75,7 @@ def test_one_expert_does_not_cost_the_stack(monkeypatch: pytest.MonkeyPatch) -> 
         made.append(tensor.numel())
         return widen(tensor)
 
-    with torch.no_grad(), Widened(model.parameters()), monkeypatch.context() as patched:
+    with torch.no_grad(), AsFloat32(model.parameters()), monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "float", seen)
         functional.linear(torch.ones(2, 32), model.experts[3])
         model.embed(torch.tensor([1, 2]))
