@@ -261,17 +261,17 @@ def _run(
         raise UsageError(message, f"give more text, or a smaller {option('chunk')}")
     if not there.here:
         model.to(there.place)
-    gathering, widened = Activations(model), AsFloat32(model.parameters() if kept else ())
+    gathering, wide = Activations(model), AsFloat32(model.parameters() if kept else ())
     with torch.no_grad(), there.models():
         for number in range(count):
             row = ids[number * chunk : (number + 1) * chunk]
             if first is not None:
                 row[0] = first
-            with widened, gathering:
+            with wide, gathering:
                 model(input_ids=there.up(torch.tensor([row])), use_cache=False, logits_to_keep=1)
             if progress is not None:
                 progress(number + 1, count)
-    with widened:
+    with wide:
         computed = next(row.label for row in FLOATS if row.torch == model.dtype)
     return gathering.sums, count, computed
 

@@ -1,4 +1,4 @@
-"""`AsFloat32`: 16-bit parameters compute as float32 ones do, and are never turned into float32 as a whole for a part of them."""
+"""`AsFloat32`: 16-bit parameters compute as float32 ones do, and a part of one is never paid for with the whole."""
 
 from __future__ import annotations
 
