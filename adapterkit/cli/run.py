@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,14 +58,16 @@ def command(request: RunRequest, as_json: bool, **asked: Any) -> int:
       adapterkit run plan.json -o merged --on k8s --workers 64 --set image=registry/adapterkit:1
     """
     from adapterkit.checkpoint.plan import read_plan
-    from adapterkit.verbs.run import run
+    from adapterkit.stores.meter import moving
+    from adapterkit.verbs.run import carried_out
 
     if request.out is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--out': the folder or file to make.")
-    if asked["attach"] is not None or any(asked.values()):
-        check_of_plan(asked, read_plan(request.plan), not request.dry_run and request.on not in WRITTEN_JOBS)
-    with Progress("running", enabled=not as_json) as progress:
-        report = run(**{name: getattr(request, name) for name in request.named} | {"progress": progress})
+    with moving(), Progress("running", enabled=not as_json) as progress:
+        plan = read_plan(request.plan)
+        if asked["attach"] is not None or any(asked.values()):
+            check_of_plan(asked, plan, not request.dry_run and request.on not in WRITTEN_JOBS)
+        report = carried_out(replace(request, progress=progress), plan)
     if hasattr(report.report, "findings"):
         deliver(report.report, **asked)
     if as_json:

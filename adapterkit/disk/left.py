@@ -104,14 +104,18 @@ def _is_left(path: Path, before: float) -> bool:
             # tempfile closes its folders to others; most that users make are open.
             closed = not _LENT.fullmatch(path.name) or os.name == "nt" or not stat.S_IMODE(info.st_mode) & 0o077
             ours = is_of_user(path) and unused and closed
-        return ours and _newest(path) <= before
+        return ours and newest(path) <= before
     except OSError:
         return False
 
 
-def _newest(folder: Path) -> float:
-    """When something was last written in a folder."""
-    times = [folder.lstat().st_mtime]
-    for above, names, files in os.walk(folder):
+def newest(path: Path) -> float:
+    """When a file, or anything in a folder, was last written, in seconds since 1970. No link is followed.
+
+    Raises:
+        OSError: it is gone, or something in it went while it was looked at.
+    """
+    times = [path.lstat().st_mtime]
+    for above, names, files in os.walk(path) if not path.is_symlink() else ():
         times += [Path(above, name).lstat().st_mtime for name in (*names, *files)]
     return max(times)

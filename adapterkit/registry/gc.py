@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit import disk
+from adapterkit.disk.left import newest
 from adapterkit.errors import CheckFailed, NotFound, RegistryError
 from adapterkit.registry import store
 from adapterkit.registry.home import OLD, Home, entries, open_home, read_file
@@ -199,10 +200,4 @@ def _old_temporary(at: Home, now: float) -> list[Path]:
     """Temporary files that no living writer can still use, and folders in which a killed one made versions again."""
     found = [Path(entry.path) for folder in (at.staging, at.incoming, at.pulling) for entry in entries(folder)]
     found += [Path(entry.path) for entry in entries(at.root) if entry.name.startswith(TEMPORARY)]
-    return [path for path in found if now - _newest(path) > OLD]
-
-
-def _newest(path: Path) -> float:
-    """When a file, or anything in a folder, was last written."""
-    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
-    return max(float(one.lstat().st_mtime) for one in (path, *inside))
+    return [path for path in found if now - newest(path) > OLD]

@@ -105,10 +105,16 @@ class Home:
         """
         import shutil
 
+        from adapterkit.disk.left import newest
+
         with disk.writing("a download", self.root):
             self.pulling.mkdir(exist_ok=True)
             for entry in entries(self.pulling):
-                if time.time() - entry.stat(follow_symlinks=False).st_mtime > OLD:
+                try:
+                    old = time.time() - newest(Path(entry.path)) > OLD  # a folder is as young as what is written in it
+                except FileNotFoundError:  # somebody is at it
+                    old = False
+                if old:
                     shutil.rmtree(entry.path, ignore_errors=True)
         return self.pulling
 

@@ -22,6 +22,7 @@ from adapterkit.verbs.report import Forecast
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.cut import PlanPart
+    from adapterkit.checkpoint.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,13 @@ def run(request: RunRequest) -> RunReport:
         OutputError: the output exists, the disk is full, or workers were lost again and again.
         MissingPackage: Ray is not installed.
     """
+    return carried_out(request, read_plan(request.plan))
+
+
+def carried_out(request: RunRequest, plan: Plan) -> RunReport:
+    """As `run`, of a plan that was read."""
     started = time.monotonic()
-    plan = on_device(read_plan(request.plan), request.device)
+    plan = on_device(plan, request.device)
     opened = OpenPlan(plan, request.target or "", part_size(request, plan))
     told = RunReport(str(request.plan), str(request.out or ""), "", 0, len(opened.parts), nbytes=plan.nbytes)
     if request.dry_run:

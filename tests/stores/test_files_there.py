@@ -283,13 +283,18 @@ def test_versions_come_from_a_store(s3: Proxy, there: str, home: Path) -> None:
     killed = home / "pulling" / "adapterkit-abcd_123"
     killed.mkdir(parents=True)
     (killed / "model.safetensors").write_bytes(b"half")
-    os.utime(killed, (0, 0))
+    for one in (killed / "model.safetensors", killed):
+        os.utime(one, (0, 0))
+    fetching = home / "pulling" / "adapterkit-efgh_456"  # a folder keeps its time while a file in it grows
+    fetching.mkdir()
+    (fetching / "model.safetensors").write_bytes(b"half")
+    os.utime(fetching, (0, 0))
     stored = register(f"{there}/a1", "there", base=f"{there}/base").record
     assert (stored.content, stored.base, stored.kind) == (here.content, here.base, here.kind)
     assert stored.meta["from"] == f"{there}/a1"
     assert register(f"{there}/a1", "own", base="in/base", meta={"from": "us"}).record.meta["from"] == "us"
     assert [(one.path, one.sha256) for one in stored.files] == [(one.path, one.sha256) for one in here.files]
-    assert not list((home / "pulling").iterdir())
+    assert list((home / "pulling").iterdir()) == [fetching]
     merged = register(f"{there}/merged", "merged").record
     assert merged.operation is not None
     assert merged.operation.name == "merge"

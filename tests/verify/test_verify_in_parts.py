@@ -142,14 +142,18 @@ def test_the_evidence_of_a_saved_verification(
     adapterkit.merge(base, adapter, save_plan=other)
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "job.md"))
     asked = ("--html", tmp_path / "page.html", "--markdown", tmp_path / "page.md", "--step-summary")
+    read, counted = Plan.from_json, list[object]()
+    monkeypatch.setattr(Plan, "from_json", lambda text: counted.append(text) or read(text))
     for verb, given in (
         ("run", ("--on", "local", "--workers", "1")),
         ("run", ("--task", "0", "--tasks", "1")),
         ("execute", ()),
     ):
+        counted.clear()
         (merged / "adapterkit.json").write_bytes(record)
         out = tmp_path / f"{verb}-{len(given)}-{given[0] if given else ''}.json"
         assert run(verb, plan, "-o", out, *given, *asked) == 0
+        assert len(counted) == 1  # the plan is read once
         assert "evidence written to" in capsys.readouterr().err
         assert evidence() != {}
         assert "What is deployed is what was trained" in (tmp_path / "page.html").read_text()
