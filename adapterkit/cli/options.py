@@ -87,7 +87,8 @@ class RequestCommand(MethodCommand):
         named = {name: value for name, value in given.items() if was_given(ctx, name)}
         request = self._request.bound(_by_field(self._request, self._fields, named))
         ctx.params = {**own, "request": request}
-        if getattr(request, "writes", False) and getattr(request, "on", None) is None:
+        here = getattr(request, "writes", False) and getattr(request, "on", None) is None
+        if here and not getattr(request, "without_torch", False):
             from adapterkit.ops.early import map_torch
 
             map_torch()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError, option
+from adapterkit.ops.device import CPU
 from adapterkit.places import Address
 from adapterkit.requests.formats import Format, formats
 from adapterkit.requests.groups import (
@@ -198,6 +199,11 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
             role=RUN, group=RUNNING, elsewhere={"recipe": "a pickle is converted once, by hand"},
         ),
     )  # fmt: skip
+
+    @property
+    def without_torch(self) -> bool:
+        """Whether nothing may ask for torch: from GGUF to GGUF, compiled encoders take what is stored as it is."""
+        return all(str(place).endswith(".gguf") for place in (self.src, self.out)) and self.device == CPU
 
     def __post_init__(self, quantization: Quantization | str | None) -> None:
         copied = self.quant is not None  # COPY among them, of which nothing is left below

@@ -123,3 +123,14 @@ def test_torch_s_library_is_on_its_way_where_something_is_computed_here(
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "none"), str(tmp_path / "none"), "-o", "x", *flag])
     assert isinstance(done.exception, NotFound)
     assert len(asked) == mapped
+
+
+@pytest.mark.parametrize(("out", "mapped"), [("x.gguf", 0), ("x", 1)])
+def test_torch_s_library_stays_away_from_gguf_to_gguf(
+    out: str, mapped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr("adapterkit.ops.early.map_torch", lambda: asked.append(None))
+    done = CliRunner().invoke(app, ["convert", str(tmp_path / "none.gguf"), "-o", out])
+    assert isinstance(done.exception, NotFound)
+    assert len(asked) == mapped
