@@ -125,12 +125,12 @@ def test_torch_s_library_is_on_its_way_where_something_is_computed_here(
     assert len(asked) == mapped
 
 
-@pytest.mark.parametrize(("out", "mapped"), [("x.gguf", 0), ("x", 1)])
+@pytest.mark.parametrize(("more", "mapped"), [(("x.gguf",), 0), (("x", "--to", "hf"), 1)])
 def test_torch_s_library_stays_away_from_gguf_to_gguf(
-    out: str, mapped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: tuple[str, ...], mapped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[None] = []
     monkeypatch.setattr("adapterkit.ops.early.map_torch", lambda: asked.append(None))
-    done = CliRunner().invoke(app, ["convert", str(tmp_path / "none.gguf"), "-o", out])
+    done = CliRunner().invoke(app, ["convert", str(tmp_path / "none.gguf"), "-o", *more])
     assert isinstance(done.exception, NotFound)
     assert len(asked) == mapped
