@@ -31,7 +31,7 @@ def test_ray_makes_every_byte_though_actors_are_killed(case: Case, tmp_path: Pat
     running = subprocess.Popen([*command, "--events", str(log), "--json"], stdout=subprocess.PIPE, text=True)
     killed = kill_workers(running, log, 2)
     report = json.loads(running.communicate(timeout=250)[0])
-    assert running.returncode == 0
+    assert running.returncode == 0, report
     assert report["lost"] == killed == 2
     assert (report["on"], report["workers"]) == ("ray", 2)
     assert case.same(out)
@@ -84,3 +84,28 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "ray", NoRay)  # type: ignore[arg-type]
     with pytest.raises(OutputError, match=r"Ray does not answer at auto \(Failed to connect to head\)"):
         RayPool(SETTING, "auto", 1)
+
+
+def test_ray_that_starts_too_slowly_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence is that of ray/_private/node.py, where 30 seconds are fixed; a busy machine may need more."""
+    said: list[str] = []
+
+    class Slow:
+        is_initialized = staticmethod(lambda: False)
+        shutdown = staticmethod(lambda: said.append("shutdown"))
+
+        @staticmethod
+        def init(**how: object) -> None:
+            said.append("init")
+            if said.count("init") == 3 and how["address"] == "local":
+                raise ConnectionError("another cause")
+            raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setitem(sys.modules, "ray", Slow)  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match="another cause"):
+        RayPool(SETTING, None, 1)
+    assert said == ["init", "shutdown", "init", "shutdown", "init"]
+    said.clear()
+    with pytest.raises(OutputError, match="timed out"):
+        RayPool(SETTING, "auto", 1)
+    assert said == ["init"]  # a cluster that is there is not ours to start

@@ -87,6 +87,19 @@ def gpu_of(device: str, there: float, count: int) -> dict[str, float]:
     return {"num_gpus": 1.0 if count <= there else 1 / math.ceil(count / int(there))}
 
 
+def _begin(ray: Any, how: dict[str, Any], tries: int) -> None:
+    """Join a cluster, or start one. Ray gives its own processes 30 seconds, which are too few on a busy machine."""
+    while True:
+        try:
+            ray.init(log_to_driver=False, logging_level="error", **how)
+            return
+        except Exception as error:
+            tries -= 1
+            if tries == 0 or _TOO_SLOW not in str(error):
+                raise
+            ray.shutdown()
+
+
 class RayPool:
     """See `adapterkit.verbs.engines.pool.Pool`.
 
@@ -119,7 +132,7 @@ class RayPool:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    ray.init(log_to_driver=False, logging_level="error", **how)
+                    _begin(ray, how, tries=1 if address is not None else STARTS)
             except Exception as error:
                 self._quiet.close()
                 where = address or "this machine"
@@ -201,6 +214,8 @@ class RayPool:
         self._quiet.close()
 
 
+_TOO_SLOW = "timed out during startup"  # by ray/_private/node.py, where the seconds are fixed
+STARTS = 4
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
