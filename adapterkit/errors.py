@@ -61,6 +61,11 @@ def most_like(word: str, known: Iterable[str]) -> str:
     return words[close[0]] if close else ""
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: ``1 file``, ``2,000 files``; ``many`` where that is not ``one`` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 @contextmanager
 def spelled(spelling: Callable[[str, object], str]) -> Iterator[None]:
     """Within the block, sentences spell options as ``spelling`` does."""

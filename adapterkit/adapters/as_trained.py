@@ -18,7 +18,7 @@ from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.grid import Grid, RoundTrip
 from adapterkit.codecs.table import quantization
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.errors import TargetError, UsageError, counted, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,7 +79,7 @@ def as_trained(checkpoint: Checkpoint, grid: Grid, *, skip: Iterable[str] | None
     return replace(
         checkpoint,
         tensors=tensors,
-        notes=(*checkpoint.notes, f"{len(targets)} weights taken as trained in {grid}, decoded again"),
+        notes=(*checkpoint.notes, f"{counted(len(targets), 'weight')} taken as trained in {grid}, decoded again"),
     )
 
 

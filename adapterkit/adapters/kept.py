@@ -17,7 +17,7 @@ from adapterkit.checkpoint.encoded import Encoded, Encoding
 from adapterkit.checkpoint.tensor import Retyped, Transposed
 from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.table import method_of, quantization, without_quantization
-from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.errors import TargetError, UsageError, counted, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,7 +158,7 @@ def kept(
     counts = Counter(form.weights[name].how for name in encodings if name not in out)
     said = ", ".join(f"{count} in {how}" for how, count in counts.items())
     if wider:
-        said = f"{said or 'nothing'}; {len(wider)} weights left it and are {touched_as}"
+        said = f"{said or 'nothing'}; {counted(len(wider), 'weight left it and is', 'weights left it and are')} {touched_as}"
     config = stored.config
     if wider:
         config = in_fp8(config, wider) if touched_as == FP8 else left_out(config, stored, wider, form.weights)

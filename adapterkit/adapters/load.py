@@ -28,7 +28,7 @@ from adapterkit.checkpoint.folder import (
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.open import is_object, locate
 from adapterkit.checkpoint.tensor import Stored
-from adapterkit.errors import AdapterError, NotFound, UnsafeError, UnsupportedAdapter
+from adapterkit.errors import AdapterError, NotFound, UnsafeError, UnsupportedAdapter, counted
 from adapterkit.places import address_of
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     if TRAINED_WHOLE in listing.names:
         file, more = _stored(listing, TRAINED_WHOLE)
         sources, weights = (*sources, file), _with_whole(weights, more, listing)
-        told = (
-            f"{TRAINED_WHOLE} beside it holds {len(more)} parameters that ms-swift trained whole; they replace the base's",
-        )
+        some = counted(len(more), "parameter")
+        told = (f"{TRAINED_WHOLE} beside it holds {some} that ms-swift trained whole, in the place of the base's",)
     tensors, notes = plain_keys(weights, sources[0].name, METHODS.get(config.peft_type))
     side_files = tuple(
         SideFile(name, listing.open(name))
@@ -220,7 +219,7 @@ def _told(adapter: Adapter) -> tuple[str, ...]:
         notes.append(f"read as a kohya or LyCORIS file{several}")
     else:
         counts = {part: sum(len(module.tensors) for module in contents.of(part)) for part in parts}
-        held = ", ".join(f"{count} tensors of {part or 'one model'}" for part, count in counts.items())
+        held = ", ".join(f"{counted(count, 'tensor')} of {part or 'one model'}" for part, count in counts.items())
         notes.append(f"read as a {contents.style} file: {held}")
         untold = [
             part
@@ -231,7 +230,8 @@ def _told(adapter: Adapter) -> tuple[str, ...]:
             of = f" of {', '.join(untold)}" if len(parts) > 1 else ""
             notes.append(f"the file tells no alpha{of}, so every scale is 1, as diffusers takes it")
     if contents.apart:
-        notes.append(f"{len(contents.apart)} embeddings in the file are kept apart: {', '.join(contents.apart[:3])}")
+        some = counted(len(contents.apart), "embedding in the file is", "embeddings in the file are")
+        notes.append(f"{some} kept apart: {', '.join(contents.apart[:3])}")
     return tuple(notes)
 
 

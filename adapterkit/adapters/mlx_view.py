@@ -17,7 +17,7 @@ from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.tensor import BLOCK, Renamed, Tensor
 from adapterkit.codecs.codec import Layers
 from adapterkit.codecs.mlx import MlxNumbers, new
-from adapterkit.errors import CheckpointError, UsageError, option
+from adapterkit.errors import CheckpointError, UsageError, counted, option
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ def as_mlx_model(checkpoint: Checkpoint, form: Kind, skip: Iterable[str] | None 
         side_files=(*side_files, SideFile(CONFIG, BytesFile(CONFIG, text.encode()))),
         notes=(
             *checkpoint.notes,
-            f"{count} layers written in {form.name}, for mlx-lm"
+            f"{counted(count, 'layer')} written in {form.name}, for mlx-lm"
             + (f"; {apart} of them in other bits or groups, as mlx-lm has them for this type" if apart else ""),
             *((f"experts are stacked, as mlx-lm has them ({stacks} stacks)",) if stacks else ()),
         ),

@@ -23,7 +23,7 @@ from adapterkit.codecs.encode import InStep
 from adapterkit.codecs.kinds import nested
 from adapterkit.codecs.table import find_kind, kinds_of, quantization
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import UsageError, counted, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -126,7 +126,7 @@ def quantized(
     words = f"{kind} double" if double_quant else kind
     notes = (
         *_experts(checkpoint, left, form),
-        f"{len(whole) - len(kept)} linear layers written in {words}",
+        f"{counted(len(whole) - len(kept), 'linear layer')} written in {words}",
         *((f"{len(experts)} of them are experts, each with scales of its own",) if experts else ()),
         *((form.of_experts,) if experts and form.of_experts else ()),
         *(
@@ -198,10 +198,10 @@ def _stacked(checkpoint: Checkpoint, form: Kind, skip: tuple[str, ...] | None, f
     dtype = checkpoint[next(iter(chosen))].dtype.torch_name
     model = checkpoint.config.get("model_type")
     notes = [
-        f"{len(chosen)} stacks of experts written in {form.name}, as {model} is published; all else stays in 16 bits"
+        f"{counted(len(chosen), 'stack')} of experts written in {form.name}, as {model} is published; all else stays in 16 bits"
     ]
     if left:
-        stays = f"the experts of {len(left)} layers stay in 16 bits, as '{left[0]}'"
+        stays = f"the experts of {counted(len(left), 'layer')} stay in 16 bits, as '{left[0]}'"
         notes.append(f"{stays}: vLLM takes all experts as quantized, so it does not load these; transformers does")
     return _with(checkpoint, tensors, shards, form.config(Layers(dtype, False, skip, tuple(left))), tuple(notes))
 
@@ -218,7 +218,7 @@ def _experts(checkpoint: Checkpoint, left: Iterable[str], form: Kind) -> list[st
         why = f"the experts of a layer are written in {form.name} only if each of them fits it and none is skipped"
     else:
         why = f"{form.name} is written only for experts that are stored one by one"
-    said = [f"the experts stay in 16 bits ({len(found)} modules, as '{found[0]}'): {why}"]
+    said = [f"the experts stay in 16 bits ({counted(len(found), 'module')}, as '{found[0]}'): {why}"]
     return [*said, form.of_experts_left] if single and form.of_experts_left else said
 
 

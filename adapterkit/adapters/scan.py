@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.load import is_trained_whole
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -278,7 +278,7 @@ def _among_peers(
             spread = max(1.4826 * _median([abs(value - middle) for value in values]), 2 * floor)
             spread /= _trust(len(others))
             value = one.value(what) - (shift if what == "norm" else 0)
-            found.append(((value - middle) / spread, what, one, f"{len(others)} other adapters here"))
+            found.append(((value - middle) / spread, what, one, f"{counted(len(others), 'other adapter')} here"))
     return found
 
 

@@ -12,6 +12,7 @@ from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile, StoredForm
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.tensor import BLOCK, Tensor, Transposed
 from adapterkit.dtypes import BF16, F16, F32, DType
+from adapterkit.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -128,7 +129,7 @@ def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoin
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         side_files += (SideFile(CONFIG, BytesFile(CONFIG, text.encode())),)
     counts = Counter(weight.how for weight in weights)
-    shown = ", ".join(f"{count} weights in {how}" for how, count in counts.items())
+    shown = ", ".join(f"{counted(count, 'weight')} in {how}" for how, count in counts.items())
     return replace(
         checkpoint,
         tensors=tensors,

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.header import Header, check_name, parse_header
 from adapterkit.checkpoint.listing import Listing, check_plain
 from adapterkit.checkpoint.slices import current
 from adapterkit.checkpoint.tensor import Stored, Tensor
-from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError, counted
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
@@ -265,7 +265,7 @@ def _check_complete(ref: str, weight_map: dict[str, str], shards: dict[str, str]
     if missing:
         raise CheckpointError(
             f"{ref}: {weight_map[missing[0]]} does not hold '{missing[0]}' as the index says "
-            f"({len(missing)} tensors missing)",
+            f"({counted(len(missing), 'tensor')} missing)",
             "download that file again",
         )
 

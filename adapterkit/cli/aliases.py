@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.output import say, show_json
+from adapterkit.errors import counted
 
 if TYPE_CHECKING:
     from adapterkit.registry.refs import Move
@@ -95,7 +96,7 @@ def _say_move(move: Move, before: int) -> None:
     what = f"version {move.version}" if move.version else "taken off"
     came = f" (from {before})" if before and move.version else ""
     back = " by rollback" if move.undoes else ""
-    held = f"; {len(move.held)} conditions held" if move.held else ""
+    held = f"; {counted(len(move.held), 'condition')} held" if move.held else ""
     say(f"{move.at}  {what}{came}{back}{f', {move.by}' if move.by else ''}{f': {move.why}' if move.why else ''}{held}")
 
 

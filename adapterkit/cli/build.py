@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.annotate import append_summary, output_options, write_report
-from adapterkit.cli.output import Progress, count, file_count, note, say, show_json, size
+from adapterkit.cli.output import Progress, file_count, note, say, show_json, size
 from adapterkit.cli.paths import LocalPath
+from adapterkit.errors import counted
 
 if TYPE_CHECKING:
     from adapterkit.recipe.report import BuildPlan, BuildReport
@@ -85,7 +86,7 @@ def show_plan(planned: BuildPlan) -> None:
         say(f"  {row.state}: {row.why}")
         say(f"  reads {', '.join(row.reads)}")
         if row.nbytes is not None and row.files is not None:
-            changed = f", {count(row.touched)} tensors changed" if row.touched else ""
+            changed = f", {counted(row.touched, 'tensor')} changed" if row.touched else ""
             say(
                 f"  {size(row.nbytes)} in {file_count(len(row.files))}{changed}, about {size(row.peak_memory or 0)} of memory"
             )
@@ -119,6 +120,6 @@ def show_report(report: BuildReport) -> None:
             say(f"  registered: {row.after['register']['ref']}{f', alias {alias}' if alias else ''}")
         if "push" in row.after:
             say(f"  pushed: {row.after['push']['url']}")
-    done = f"{report.changed} of {len(report.outputs)} outputs made" if report.changed else "nothing to do"
+    done = f"{report.changed} of {counted(len(report.outputs), 'output')} made" if report.changed else "nothing to do"
     lock = f"; {report.lock} written" if report.lock_written else ""
     say(f"{done}, {report.seconds:.1f} s{lock}")

@@ -9,6 +9,7 @@ import click
 
 from adapterkit.cli.output import say, show_json, size
 from adapterkit.cli.paths import FILE_THERE
+from adapterkit.errors import counted
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
@@ -48,7 +49,7 @@ def export(refs: tuple[str, ...], out: Path | Address, no_parents: bool, folder:
         return
     for ref in found.refs:
         say(ref)
-    say(f"{found.path}: {len(found.refs)} versions, {found.blobs} blobs, {size(found.bytes)}")
+    say(f"{found.path}: {counted(len(found.refs), 'version')}, {counted(found.blobs, 'blob')}, {size(found.bytes)}")
 
 
 @click.command(name="import", short_help="Add what a bundle holds to the registry.")

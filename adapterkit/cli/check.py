@@ -7,6 +7,7 @@ from pathlib import Path
 from adapterkit.cli.annotate import append_summary, output_options, problems_of, show_problems, write_report
 from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import say, show_json
+from adapterkit.errors import counted
 from adapterkit.requests.check import CheckRequest
 
 
@@ -34,7 +35,7 @@ def command(request: CheckRequest, form: str, report_file: Path | None, summary:
 
     report = check(**{name: getattr(request, name) for name in request.named})
     write_report(report_file, report)
-    verdict = f"{'fits' if report.ok else 'does not hold'}: {report.touched} tensors of {report.base}"
+    verdict = f"{'fits' if report.ok else 'does not hold'}: {counted(report.touched, 'tensor')} of {report.base}"
     if summary is not None:
         from adapterkit.lint.problems import summary as markdown
 

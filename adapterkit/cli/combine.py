@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, note, say, show_json, size
 from adapterkit.cli.written import asked, told
+from adapterkit.errors import counted
 from adapterkit.requests.adapters import CombineRequest
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def command(request: CombineRequest, as_json: bool) -> None:
         say(f"  {how}, rank {report.rank}")
         say(f"{report.out}: {size(report.nbytes)}, {report.seconds:.1f} s")
         return
-    say(f"  by {how}: {len(report.modules)} layers, rank {report.rank}{' and others' if report.own_ranks else ''}")
+    say(
+        f"  by {how}: {counted(len(report.modules), 'layer')}, rank {report.rank}{' and others' if report.own_ranks else ''}"
+    )
     say(f"  {kept(report.modules)}")
     resumed = f", {report.reused} layers re-used" if report.reused else ""
     say(f"{report.out}: {size(report.nbytes)}, {report.seconds:.1f} s{resumed}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, count, file_count, note, say, show_json, size
 from adapterkit.cli.written import asked, told
+from adapterkit.errors import counted
 from adapterkit.requests.convert import ConvertRequest
 
 
@@ -35,7 +36,7 @@ def command(request: ConvertRequest, as_json: bool) -> None:
     for text in report.notes:
         note(f"note: {text}")
     kinds = ", ".join(f"{name} ({times})" for name, times in sorted(report.types.items(), key=lambda kv: -kv[1]))
-    say(f"{report.src} to {report.to}: {count(report.tensors)} tensors, {count(report.copied)} copied; {kinds}")
+    say(f"{report.src} to {report.to}: {counted(report.tensors, 'tensor')}, {count(report.copied)} copied; {kinds}")
     if report.modules:
         say(f"  {kept(report.modules)}")
     if told(report, request):

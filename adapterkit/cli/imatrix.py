@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.options import was_given
-from adapterkit.cli.output import Progress, count, note, say, show_json
+from adapterkit.cli.output import Progress, count, file_count, note, say, show_json
 from adapterkit.cli.paths import FILE_THERE
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, counted
 from adapterkit.ops.device import CPU
 from adapterkit.requests.groups import MODEL_WHERE
 from adapterkit.requests.option import DEVICES
@@ -84,7 +84,8 @@ def command(
         if as_json:
             show_json(sums)
         else:
-            say(f"{sums.out}: {count(sums.tensors)} weights over {sums.chunks} chunks, {len(files)} files added up")
+            over = f"{counted(sums.tensors, 'weight')} over {counted(sums.chunks, 'chunk')}"
+            say(f"{sums.out}: {over}, {file_count(len(files))} added up")
         return
     if model is None or text is None:
         raise UsageError("MODEL and --text are missing", "give them, or matrices to add up with --in-file")
@@ -106,5 +107,5 @@ def command(
         return
     for said in report.notes:
         note(f"note: {said}")
-    ran = f"{report.chunks} chunks of {report.chunk} tokens, computed in {report.computed}"
-    say(f"{report.out}: {count(report.tensors)} weights over {ran}, {report.seconds:.1f} s")
+    ran = f"{counted(report.chunks, 'chunk')} of {counted(report.chunk, 'token')}, computed in {report.computed}"
+    say(f"{report.out}: {counted(report.tensors, 'weight')} over {ran}, {report.seconds:.1f} s")

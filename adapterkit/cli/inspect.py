@@ -8,6 +8,7 @@ import click
 
 from adapterkit.cli.output import count, file_count, note, say, show_json, size
 from adapterkit.cli.paths import FILE_THERE
+from adapterkit.errors import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,7 +77,8 @@ def _compare(refs: tuple[str, ...], base: str | None, html: Path | Address | Non
     for layer in report.layers:
         for pair in layer.pairs:
             say(f"{_pair_row(pair)}  {layer.module}")
-    say(f"{report.shared} of {len(report.layers)} layers are changed by more than one adapter")
+    some = f"{report.shared} of {counted(len(report.layers), 'layer')}"
+    say(f"{some} {'is' if report.shared == 1 else 'are'} changed by more than one adapter")
 
 
 def _pair_row(pair: Pair) -> str:
@@ -101,7 +103,7 @@ def _adapter_rows(found: Inspection) -> list[tuple[str, str]]:
         ("targets", ", ".join(f"{name} x{times}" for name, times in found.targets.items())),
         ("whole", ", ".join(found.whole)),
         ("parameters", f"{count(found.parameters)}{share}"),
-        ("size", f"{size(found.nbytes)} in {found.tensors} tensors ({_several(found.dtypes)})"),
+        ("size", f"{size(found.nbytes)} in {counted(found.tensors, 'tensor')} ({_several(found.dtypes)})"),
         ("base", " @ ".join(part for part in (found.base, found.revision) if part) or "not named"),
         ("peft", found.peft_version),
         ("commit", found.commit),
@@ -116,7 +118,7 @@ def _checkpoint_rows(found: Inspection) -> list[tuple[str, str]]:
         ("architecture", found.architecture),
         *found.details.items(),
         ("parameters", count(found.parameters)),
-        ("size", f"{size(found.nbytes)} in {found.tensors} tensors, {file_count(len(found.files))}"),
+        ("size", f"{size(found.nbytes)} in {counted(found.tensors, 'tensor')}, {file_count(len(found.files))}"),
         ("dtypes", _several(found.dtypes)),
         ("commit", found.commit),
     ]
@@ -132,7 +134,7 @@ def _show_health(found: Inspection) -> None:
         say(f"{row.norm:>10.4g} {row.rank:>5} {row.effective_rank:>9.2f}  {row.module}{stack}{problem}")
     bad = [row for row in found.health if row.problem]
     say(
-        f"{len(bad)} of {len(found.health)} modules have a problem"
+        f"{len(bad)} of {counted(len(found.health), 'module')} have a problem"
         if bad
-        else f"{len(found.health)} modules, all sound"
+        else f"{counted(len(found.health), 'module')}, all sound"
     )

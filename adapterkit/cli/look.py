@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.output import say, show_json
+from adapterkit.errors import counted
 
 if TYPE_CHECKING:
     from adapterkit.registry.record import Record
@@ -73,11 +74,7 @@ def _inside(path: Path) -> tuple[str, list[str]] | None:
     models = sorted(one.parent for one in path.glob("*/config.json"))
     if not adapters and not models:
         return None
-    kinds = [
-        f"{len(rows)} {word}{'s' if len(rows) > 1 else ''}"
-        for rows, word in ((adapters, "adapter"), (models, "model"))
-        if rows
-    ]
+    kinds = [counted(len(rows), word) for rows, word in ((adapters, "adapter"), (models, "model")) if rows]
     every = [*adapters, *models]
     names = ", ".join(one.name for one in every[:MOST]) + (", ..." if len(every) > MOST else "")
     last = max(every, key=lambda one: one.stat().st_mtime)
@@ -116,7 +113,7 @@ def _into_one_file(base: str, adapter: str, merged: str) -> list[str]:
 def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str, list[str]]:
     name, stem = shlex.quote(ref), _stem(ref)
     kind = found.architecture or "a model"
-    said = f"{ref}: {kind}, {found.parameters:,} parameters"
+    said = f"{ref}: {kind}, {counted(found.parameters, 'parameter')}"
     one_file = ref.endswith(".safetensors")  # without a config.json, by which GGUF would know how to store it
     quant = f"adapterkit convert {name} -o {_named(stem, '-Q4_K_M.gguf')} --quant Q4_K_M"
     if " " in kind or kind.endswith("Pipeline"):  # a family of images, video or sound, or several parts: never GGUF

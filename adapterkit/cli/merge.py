@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, count, file_count, note, say, show_json, size
 from adapterkit.cli.written import asked, told
+from adapterkit.errors import counted
 from adapterkit.requests.merge import MergeRequest
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def show(report: MergeReport, request: MergeRequest) -> None:
     rest = report.tensors - report.touched
     changed, total, copied = count(report.touched), count(report.tensors), count(report.copied)
     said = (
-        f"{changed} of {total} tensors changed, the rest copied"
+        f"{changed} of {counted(report.tensors, 'tensor')} changed, the rest copied"
         if report.copied == rest
         # The output has other tensors than the base then: stacks, scales, ...
-        else f"{changed} tensors changed; of the output's {total}, {copied} are copied, the others rewritten"
+        else f"{counted(report.touched, 'tensor')} changed; of the output's {total}, {copied} are copied, the others rewritten"
     )
     say(f"  into {report.base}{values}: {said}")
     for name in report.added:
@@ -76,7 +77,7 @@ def show(report: MergeReport, request: MergeRequest) -> None:
 def show_residual(found: ResidualReport) -> None:
     """What stands beside the output, and how the two are served."""
     held = "" if found.held is None else f", {found.held:.1%} of what rounding takes"
-    say(f"{found.out or 'residual'}: rank {found.rank}, {count(found.modules)} weights, {size(found.nbytes)}{held}")
+    say(f"{found.out or 'residual'}: rank {found.rank}, {counted(found.modules, 'weight')}, {size(found.nbytes)}{held}")
     for text in found.notes[:4]:
         note(f"note: {text}")
     if len(found.notes) > 4:

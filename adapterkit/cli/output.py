@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from adapterkit.errors import counted
 from adapterkit.redaction import redact
 
 _SHOWWARNING = warnings.showwarning
@@ -160,7 +161,7 @@ def count(number: int) -> str:
 
 def file_count(number: int) -> str:
     """``1 file``, ``12 files``"""
-    return f"{count(number)} file{'s' * (number != 1)}"
+    return counted(number, "file")
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, duration, note, say, show_json, size
 from adapterkit.cli.verification import OWN, check_of_plan, deliver
 from adapterkit.cli.written import foretold
+from adapterkit.errors import counted
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def show(report: RunReport, request: RunRequest) -> None:
         note(f"note: {text}")
     if request.dry_run:
         done = f", {report.found} of them done" if report.found else ""
-        say(f"would write {size(report.nbytes)} in {report.parts} parts{done}")
+        say(f"would write {size(report.nbytes)} in {counted(report.parts, 'part')}{done}")
         foretold(report.forecast)
         return
     if report.on in WRITTEN_JOBS:
@@ -96,11 +97,13 @@ def show(report: RunReport, request: RunRequest) -> None:
     found = f", {report.found} of them done before" if report.found else ""
     lost = f", {report.lost} workers lost and replaced" if report.lost else ""
     if request.task is not None:
-        left = f"; {report.left} parts are left to others" if report.left else ""
+        left = f"; {counted(report.left, 'part is', 'parts are')} left to others" if report.left else ""
         say(f"task {request.task} of {report.workers}: {size(report.bytes_written)} in {report.seconds:.1f} s{left}")
     else:
         busy = f"{duration(report.worker_seconds)} of work, {duration(report.cpu_seconds)} of the processor"
-        say(f"{report.parts} parts{found} by {report.workers} workers ({report.on}){lost}: {busy}")
+        say(
+            f"{counted(report.parts, 'part')}{found} by {counted(report.workers, 'worker')} ({report.on}){lost}: {busy}"
+        )
     if report.finished and hasattr(report.report, "findings"):
         from adapterkit.cli.verify import show as show_verification
 

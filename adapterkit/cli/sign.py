@@ -9,6 +9,7 @@ import click
 
 from adapterkit.cli.output import note, say, show_json
 from adapterkit.cli.paths import FILE, FILE_THERE, TARGET
+from adapterkit.errors import counted
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
@@ -80,7 +81,7 @@ def verify(
         return
     for name in found.left_out:
         note(f"note: {name} was not looked at")
-    say(f"{found.target}: {found.files} files are as they were signed")
+    say(f"{found.target}: {counted(found.files, 'file is as it was signed', 'files are as they were signed')}")
 
 
 @click.command(name="verify-attestation", short_help="Say whether signed statements about an output are true of it.")
@@ -112,7 +113,8 @@ def attestation(
         show_json({"target": found.target, "statements": rows, "unnamed": list(found.unnamed)})
         return
     for one in found.statements:
-        say(f"{one.words}; {len(one.subjects)} files")
+        say(f"{one.words}; {counted(len(one.subjects), 'file')}")
     if found.unnamed:
         note(f"note: no statement names {', '.join(found.unnamed[:10])}{', ...' if len(found.unnamed) > 10 else ''}")
-    say(f"{found.target}: {len(found.statements)} statements are signed with this key, and true of what is there")
+    held = counted(len(found.statements), "statement is", "statements are")
+    say(f"{found.target}: {held} signed with this key, and true of what is there")

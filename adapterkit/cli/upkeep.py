@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import count, note, say, show_json, size
+from adapterkit.errors import counted
 
 
 def _part(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int]:
@@ -53,10 +54,8 @@ def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> i
         note(f"note: {text}")
     for problem in found.problems:
         say(f"{'repaired' if problem.repaired else 'damaged'}: {problem.path}: {problem.sentence}")
-    say(
-        f"{'clean' if found.clean else 'damaged'}: {count(found.records)} records, {count(found.aliases)} aliases, "
-        f"{count(found.blobs)} blobs ({size(found.bytes)})"
-    )
+    held = f"{counted(found.records, 'record')}, {counted(found.aliases, 'alias', 'aliases')}, {counted(found.blobs, 'blob')}"
+    say(f"{'clean' if found.clean else 'damaged'}: {held} ({size(found.bytes)})")
     return 0 if found.clean else 3
 
 
@@ -100,7 +99,9 @@ def gc(apply: bool, recipes: bool, keep_days: float | None, uploads: str | None,
         show_json(found)
         return
     done = "freed" if apply else "would free"
-    say(f"{done} {len(found.blobs)} blobs ({size(found.bytes)}) and {found.temporary} temporary files")
+    say(
+        f"{done} {counted(len(found.blobs), 'blob')} ({size(found.bytes)}) and {counted(found.temporary, 'temporary file')}"
+    )
     if found.young:
         note(f"note: {found.young} more are younger than {keep_days:g} days")
 
@@ -118,8 +119,8 @@ def _recipes(apply: bool, as_json: bool) -> None:
         return
     for one in found:
         say(f"{one.ref}: made by {one.operation}, {size(one.bytes)}")
-    said = f"{count(len(found))} versions could be kept as their recipes, {size(sum(one.bytes for one in found))}"
-    say(f"{said}; register --as-recipe proves it of one and keeps it so")
+    said = counted(len(found), "version could be kept as its recipe", "versions could be kept as their recipes")
+    say(f"{said}, {size(sum(one.bytes for one in found))}; register --as-recipe proves it of one and keeps it so")
 
 
 def _uploads(address: str, apply: bool, keep_days: float, as_json: bool) -> None:
@@ -134,11 +135,13 @@ def _uploads(address: str, apply: bool, keep_days: float, as_json: bool) -> None
     if as_json:
         show_json(found)
         return
-    say(f"{'aborted' if apply else 'would abort'} {count(len(found.uploads))} uploads to {found.address}")
+    say(f"{'aborted' if apply else 'would abort'} {counted(len(found.uploads), 'upload')} to {found.address}")
     for key in found.uploads[:10]:
         say(f"  {key}")
     if found.notes:
-        say(f"{'removed' if apply else 'would remove'} {count(len(found.notes))} objects that runs left beside outputs")
+        say(
+            f"{'removed' if apply else 'would remove'} {counted(len(found.notes), 'object')} that runs left beside outputs"
+        )
     for key in found.unfinished:
         note(
             f"note: the run to {key} ended while its files got their names; go on with --resume, begin anew with --force, "

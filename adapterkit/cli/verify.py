@@ -8,6 +8,7 @@ from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, count, note, say, show_json
 from adapterkit.cli.verification import OWN, check_compared, deliver
 from adapterkit.cli.written import foretold
+from adapterkit.errors import counted
 from adapterkit.requests.verify import VerifyRequest
 from adapterkit.requests.workers import WRITTEN_JOBS
 
@@ -95,7 +96,7 @@ def show(report: VerifyReport) -> None:
         )
     if report.model is not None:
         model = report.model
-        say(f"model    {model.tokens:,} tokens of {len(model.prompts)} prompts in {model.runtime}")
+        say(f"model    {counted(model.tokens, 'token')} of {counted(len(model.prompts), 'prompt')} in {model.runtime}")
         say(f"         merged beside base + adapters: {distance(model.merged)}")
         say(f"         base beside base + adapters:   {distance(model.base)}")
         say("         perplexity: " + ", ".join(f"{name} {value:.3f}" for name, value in model.perplexity.items()))

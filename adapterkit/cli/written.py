@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.output import Progress, duration, file_count, note, say, size
+from adapterkit.errors import counted
 from adapterkit.requests.workers import WRITTEN_JOBS
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def foretold(rows: Sequence[Forecast]) -> None:
         return
     first = rows[0]
     say(
-        f"{first.parts} parts; reads {size(first.bytes_down)}, writes {size(first.bytes_up)}; by workers that move "
-        f"{first.bandwidth * 8 / 1e9:g} Gb/s each way and have {first.jobs} threads (planned, not run):"
+        f"{counted(first.parts, 'part')}; reads {size(first.bytes_down)}, writes {size(first.bytes_up)}; by workers that move "
+        f"{first.bandwidth * 8 / 1e9:g} Gb/s each way and have {counted(first.jobs, 'thread')} (planned, not run):"
     )
     say(f"  {'workers':>7} {'time':>10} {'busy':>5} {'money':>9}")
     for row in rows:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import UsageError, counted, option
 from adapterkit.gguf.arch.model import Model, as_gguf, file_type_entries, vocabulary, widened
 from adapterkit.gguf.arch.mxfp4 import KIND, Repacked, on_mxfp4
 from adapterkit.gguf.filetypes import file_type
@@ -116,7 +116,8 @@ def from_hf(
         count = len(model.mapped.dropped)
         made = f"{option('mmproj', 'auto')} makes beside it"
         where = made if has_tower(config) else "is published beside the base (none is made of this class)"
-        kept.append(f"the text part alone: {count} other tensors belong in an mmproj file, which {where}")
+        others = counted(count, "other tensor belongs", "other tensors belong")
+        kept.append(f"the text part alone: {others} in an mmproj file, which {where}")
     wider = None
     if too_lossy is not None:
         wider = frozenset(one for name in too_lossy for one in model.mapped.sources.get(name, ()))
@@ -154,7 +155,8 @@ def _again(
     lost = [name for name in touched if name in base and coarse(name) and on_four_bits(base[name])]
     if not lost:
         return []
-    what = f"{len(lost)} tensors that the adapter changes hold values of a 4-bit grid, as '{lost[0]}'"
+    some = counted(len(lost), "tensor that the adapter changes holds", "tensors that the adapter changes hold")
+    what = f"{some} values of a 4-bit grid, as '{lost[0]}'"
     if yes_lossy:
         return [f"{what}; written on a coarse grid again, much of the change is rounded away"]
     raise UsageError(
@@ -175,7 +177,9 @@ def _packed(
         if default.name != KIND.name and bits_per_weight(default) < GRID_BITS:
             pattern = "^(" + "|".join(map(re.escape, held)) + ")$"
             asked = replace(asked, tensor_types=(*asked.tensor_types, (pattern, KIND.name)))
-            notes.append(f"{len(held)} tensors stay {KIND.name}, as the checkpoint has them")
+            notes.append(
+                f"{counted(len(held), 'tensor stays', 'tensors stay')} {KIND.name}, as the checkpoint has them"
+            )
     if asked.mix is not None and file_type(asked.mix)[1].default == KIND.name:
         for name in touched:
             if on_mxfp4(view[name]):

@@ -17,7 +17,7 @@ from adapterkit.adapters.edits import adapter_edits
 from adapterkit.adapters.write_peft import Factor
 from adapterkit.checkpoint.tensor import Tensor
 from adapterkit.dtypes import F16, F32
-from adapterkit.errors import UnsupportedAdapter
+from adapterkit.errors import UnsupportedAdapter, counted
 from adapterkit.gguf.filetypes import FILE_TYPES
 from adapterkit.gguf.metadata import Entry, array, f32, text, u32
 from adapterkit.gguf.names import EMBEDDING, OUTPUT, GGUFNames
@@ -300,7 +300,9 @@ def norms_of(tensors: Iterable[str]) -> list[str]:
 def left_out(tensors: Iterable[str]) -> tuple[str, ...]:
     """What to say of tensors of a LoRA file that do nothing."""
     norms = norms_of(tensors)
-    return (f"left out, as llama.cpp does: {len(norms)} norms of the file, as '{norms[0]}'",) if norms else ()
+    return (
+        (f"left out, as llama.cpp does: {counted(len(norms), 'norm')} of the file, as '{norms[0]}'",) if norms else ()
+    )
 
 
 def lora_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

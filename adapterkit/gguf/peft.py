@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.change import matrix
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.names import Names
-from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.errors import TargetError, UsageError, counted, option
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.lora import ALPHA, INVOCATION, PlannedFactor, lora_of
@@ -92,7 +92,7 @@ def peft_of(lora: GGUFCheckpoint, names: GGUFNames, base: str = "the base") -> t
     unused = sorted(set(pairs) - used)
     if unused:
         raise TargetError(
-            f"{lora.ref}: '{unused[0]}' has no module in {base} ({len(unused)} tensors)", "give its own base"
+            f"{lora.ref}: '{unused[0]}' has no module in {base} ({counted(len(unused), 'tensor')})", "give its own base"
         )
     config = _config(lora, base, modules, alpha)
     tensors: list[Tensor] = []

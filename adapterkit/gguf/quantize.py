@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import NotFound, UsageError, option
+from adapterkit.errors import NotFound, UsageError, counted, option
 from adapterkit.gguf.checkpoint import SPLIT_KEYS, GGUFCheckpoint
 from adapterkit.gguf.filetypes import FILE_TYPES, file_type
 from adapterkit.gguf.metadata import Entry, kept, text, u32
@@ -240,24 +240,27 @@ def _check_loss(
     again = [name for name in wanted if name not in touched and coarse(now[name]) and wanted[name] != now[name]]
     if too_lossy and not asked.yes_lossy:
         first = sorted(too_lossy, key=place)[0]
+        some = counted(len(too_lossy), "tensor that the adapter changes lies", "tensors that the adapter changes lie")
         raise UsageError(
-            f"{len(too_lossy)} tensors that the adapter changes lie on a grid coarser than what it learnt, as '{first}' in "
-            f"{now[first]}; written back as {wanted[first]} most of the change would be rounded away",
+            f"{some} on a grid coarser than what it learnt, as '{first}' in {now[first]}; "
+            f"written back as {wanted[first]} most of the change would be rounded away",
             f"merge into the 16-bit or Q8_0 file, or add {option('keep_touched', 'Q8_0')}, or "
             f"{option('yes_lossy', True)} to do it all the same",
         )
     if again and not asked.yes_lossy:
+        some = counted(len(again), "tensor is", "tensors are")
         raise UsageError(
-            f"{len(again)} tensors are quantized already, as '{again[0]}' in {now[again[0]]}, and would be a second time",
+            f"{some} quantized already, as '{again[0]}' in {now[again[0]]}, and would be a second time",
             f"start from the 16-bit or Q8_0 file, or add {option('yes_lossy', True)} to do it all the same",
         )
     notes = []
     if too_lossy:
         notes.append(
-            f"{len(too_lossy)} changed tensors went back onto coarse grids; much of the change is rounded away"
+            f"{counted(len(too_lossy), 'changed tensor')} went back onto coarse grids; much of the change is rounded away"
         )
     if again:
-        notes.append(f"{len(again)} tensors were quantized a second time, which loses more than once from 16 bits")
+        some = counted(len(again), "tensor was", "tensors were")
+        notes.append(f"{some} quantized a second time, which loses more than once from 16 bits")
     return notes
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.formats.narrow import TEXT, section_of
-from adapterkit.errors import UnsupportedAdapter
+from adapterkit.errors import UnsupportedAdapter, counted
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -24,7 +24,7 @@ def text_part(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
     if not counts or adapter.contents is not None:
         return adapter, ()
     road = "merge them into the Hugging Face base and make a projector of that"
-    words = " and ".join(f"{count} {section} tensors" for section, count in counts.items())
+    words = " and ".join(f"{counted(count, section + ' tensor')}" for section, count in counts.items())
     if sum(counts.values()) == len(sections):
         raise UnsupportedAdapter(
             f"{adapter.ref} changes the {' and '.join(counts)} part alone, which is no part of this file", road

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.tensor import Cast
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import CheckpointError, TargetError, UsageError
+from adapterkit.errors import CheckpointError, TargetError, UsageError, counted
 from adapterkit.gguf.arch.back import config_of, spec_of_gguf
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.dense_modules import NAMES
@@ -66,7 +66,11 @@ def to_hf(base: GGUFCheckpoint, dtype: DType | None = None) -> tuple[Checkpoint,
     side = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
     side |= tokenizer_files(base.header)
     side |= {CARD: card(base)} | generation(base, config) | pooled(base)
-    notes = [f"{len(packed)} quantized tensors were decoded and written as {own}"] if packed else []
+    notes = (
+        [f"{counted(len(packed), 'quantized tensor was', 'quantized tensors were')} decoded and written as {own}"]
+        if packed
+        else []
+    )
     return Checkpoint(base.ref, tensors, dict.fromkeys(tensors, WEIGHTS), config, sources=base.sources), side, notes
 
 

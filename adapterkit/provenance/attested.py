@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.json_data import parse_json
-from adapterkit.errors import CheckFailed, CheckpointError, NotFound, option
+from adapterkit.errors import CheckFailed, CheckpointError, NotFound, counted, option
 from adapterkit.places import Address
 from adapterkit.provenance import dsse
 from adapterkit.provenance.attest import PREDICATE, known_files, statement
@@ -60,7 +60,7 @@ class SignedStatement:
                 if isinstance(named, list)
                 else []
             )
-            return f"SLSA provenance: {build.get('buildType')}, from {len(inputs)} inputs"
+            return f"SLSA provenance: {build.get('buildType')}, from {counted(len(inputs), 'input')}"
         return self.predicate_type
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from adapterkit.errors import counted
 from adapterkit.recipe.report import UNCHANGED, BuildPlan, BuildReport, BuiltOutput
 
 
 def of_build(report: BuildReport) -> str:
     """What was made of what, with the digests."""
-    done = f"{report.changed} of {len(report.outputs)} outputs made" if report.changed else "nothing to do"
+    done = f"{report.changed} of {counted(len(report.outputs), 'output')} made" if report.changed else "nothing to do"
     locked = " against the lock" if report.locked else ""
     lines = [f"### adapterkit build {report.recipe}", "", f"{done} in {report.seconds:.1f} s{locked}.", ""]
     lines += ["| output | | size | what was done | sha256 |", "|---|---|---|---|---|"]

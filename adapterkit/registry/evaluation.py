@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapterkit.errors import RegistryError
+from adapterkit.errors import RegistryError, counted
 from adapterkit.registry.canonical import freeze, thaw
 from adapterkit.registry.names import check_sha256, check_time
 
@@ -150,6 +150,6 @@ def read_shown(evidence: Mapping[str, Any]) -> tuple[tuple[Score, ...], str]:
 def sentence(one: Score) -> str:
     """``0.712 ± 0.02 over 500 samples; 2026-01-31, lm-eval 0.4.13``"""
     spread = f" \N{PLUS-MINUS SIGN} {one.stderr:.2g}" if one.stderr is not None else ""
-    over = f" over {one.n:,} samples" if one.n else " over an unstated number of samples"
+    over = f" over {counted(one.n, 'sample')}" if one.n else " over an unstated number of samples"
     made = ", ".join(part for part in (one.when[:10], f"{one.tool} {one.tool_version}".strip()) if part)
     return f"{one.value:.4g}{spread}{over}; {made}"

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from adapterkit import disk
-from adapterkit.errors import AdapterkitError, NotFound, RegistryError, UsageError
+from adapterkit.errors import AdapterkitError, NotFound, RegistryError, UsageError, counted
 from adapterkit.registry import blobs, chain, index, refs, store
 from adapterkit.registry.canonical import sha256
 from adapterkit.registry.home import FOLDERS, LAYOUT, Home, default_home, entries, is_number, read_file
@@ -457,5 +457,5 @@ class _Check:
         for folder in ("staging", "incoming"):
             if count := len(entries(self.home.root / folder)):
                 self.notes.append(
-                    f"{folder}/ holds {count} temporary files of writers at work or killed; gc takes old ones away"
+                    f"{folder}/ holds {counted(count, 'temporary file')} of writers at work or killed; gc takes old ones away"
                 )

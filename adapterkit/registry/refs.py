@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from adapterkit import disk
-from adapterkit.errors import CheckFailed, NotFound, RegistryError, UsageError
+from adapterkit.errors import CheckFailed, NotFound, RegistryError, UsageError, counted
 from adapterkit.registry.canonical import canonical, parse, sha256
 from adapterkit.registry.home import Home, read_file
 from adapterkit.registry.names import check_alias, check_time
@@ -218,7 +218,7 @@ def move(
         seq, prev = (current.seq + 1, current.sum) if current else (1, "")
         step = Move(name, alias, seq, version, digest, now(), prev, by, why, held, undoes)
         if len(step.line) > _LINE:  # so many conditions that their sentences do not fit: their number is kept
-            step = replace(step, held=(f"{len(held)} conditions",))
+            step = replace(step, held=(f"{counted(len(held), 'condition')}",))
         for folder in (home.refs(name), home.history(name, alias).parent):
             disk.make_folder(folder)
         with disk.staged(home.staging, step.line) as temporary:

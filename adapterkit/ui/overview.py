@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
+from adapterkit.errors import counted
 from adapterkit.registry import index
 from adapterkit.registry.base_names import base_names
 from adapterkit.registry.home import Home, open_home
@@ -241,9 +242,9 @@ def _chooser(found: Overview) -> Markup | None:
 
 
 def _summary(found: Overview) -> Markup:
-    names = "name" if found.names == 1 else "names"
-    shown = f"{found.names:,} of {found.total:,} names" if found.names != found.total else f"{found.names:,} {names}"
-    return el("p", f"{shown}, {found.versions:,} versions in all", class_="summary")
+    some = f"{found.names:,} of " if found.names != found.total else ""
+    shown = f"{some}{counted(found.total, 'name')}, {counted(found.versions, 'version')} in all"
+    return el("p", shown, class_="summary")
 
 
 def _bases(found: Overview) -> Iterable[Content]:

@@ -15,7 +15,7 @@ from adapterkit.bases import open_change, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.pipeline import folder_of
-from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
+from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError, counted
 from adapterkit.provenance.fits import compare_bases
 from adapterkit.requests.call import takes
 from adapterkit.requests.check import CheckRequest
@@ -156,8 +156,8 @@ def _scanned(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
             Diagnostic(NOTE, "scan-not-read", adapter.ref, f"its change was not looked at: {error.message}", error.hint)
         ]
     found = scan(read, base, said=record.base if record is not None else None)
-    beside = f"beside {found.peers} other adapters"
-    said = f"scanned {len(found.figures)} modules, {beside}; the largest deviation is {found.score:.1f}"
+    beside = f"beside {counted(found.peers, 'other adapter')}"
+    said = f"scanned {counted(len(found.figures), 'module')}, {beside}; the largest deviation is {found.score:.1f}"
     return [
         *(Diagnostic(one.level, one.code, adapter.ref, one.message, one.hint) for one in found.oddities),
         Diagnostic(NOTE, "scan", adapter.ref, said),

@@ -15,7 +15,7 @@ from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.write_peft import Extras, InMemory, peft_config
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.dtypes import F32
-from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.errors import TargetError, UsageError, counted, option
 from adapterkit.ops.device import CPU, opened
 from adapterkit.ops.threads import FEW
 from adapterkit.provenance.record import adapter_parent, base_parent, recorder
@@ -532,7 +532,9 @@ def check_rank(rank: int | None, energy: float | None, slots: Any, max_error: fl
             f"use at most {widest.largest_rank}",
         )
     small = [slot.parameter for slot in found if slot.largest_rank < rank]
-    return [f"rank {rank} is more than {len(small)} layers have, as {small[0]}"] if small else []
+    return (
+        [f"rank {rank} is more than {counted(len(small), 'layer has', 'layers have')}, as {small[0]}"] if small else []
+    )
 
 
 def output_dtype(name: str) -> Any:

@@ -23,7 +23,7 @@ from adapterkit.bases import open_base
 from adapterkit.checkpoint.limits import check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
 from adapterkit.checkpoint.tensor import Renamed, Tensor
-from adapterkit.errors import CheckpointError, TargetError
+from adapterkit.errors import CheckpointError, TargetError, counted
 from adapterkit.ops.device import opened
 from adapterkit.provenance.record import base_parent, recorder
 from adapterkit.requests.adapters import ExtractRequest
@@ -360,7 +360,8 @@ class ModelPair:
                 found.unchanged += 1
         missing = [name for name in self.names[0].parameters() if name not in self.targets]
         if missing:
-            found.notes.append(f"{len(missing)} parameters of the base are not in {self.tuned.ref}, as {missing[0]}")
+            some = counted(len(missing), "parameter of the base is", "parameters of the base are")
+            found.notes.append(f"{some} not in {self.tuned.ref}, as {missing[0]}")
         if self._tied() and any(slot.kind == "embedding" for slot in found.slots):
             found.notes.append("the output layer shares the embedding's values: the adapter says ensure_weight_tying")
         return found

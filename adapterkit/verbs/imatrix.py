@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.limits import IN_TRANSFORMERS, MAPPED, check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
 from adapterkit.dtypes import BF16, F16, F32, FLOATS
-from adapterkit.errors import CheckpointError, UsageError, option
+from adapterkit.errors import CheckpointError, UsageError, counted, option
 from adapterkit.ops.device import CPU, check_there
 from adapterkit.ops.device import opened as open_device
 from adapterkit.packages import need
@@ -142,7 +142,11 @@ def imatrix(
     _write(layout, (), place, force)
     missing = tuple(name for name in arrays if name not in found)
     notes: tuple[str, ...] = (
-        () if not missing else (f"{len(missing)} weights were not seen, as {missing[0]}; they get no values",)
+        ()
+        if not missing
+        else (
+            f"{counted(len(missing), 'weight was', 'weights were')} not seen, as {missing[0]}; no values are written there",
+        )
     )
     unused = sum(bool((counts == 0).any()) for _, counts in found.values())
     if unused:

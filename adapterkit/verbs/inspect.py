@@ -16,7 +16,7 @@ from adapterkit.adapters.load import is_adapter, load_adapter
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.pipeline import components
-from adapterkit.errors import AdapterError
+from adapterkit.errors import AdapterError, counted
 from adapterkit.places import readable
 from adapterkit.values import dataclass
 
@@ -167,7 +167,7 @@ def _file_details(adapter: Adapter) -> dict[str, str]:
     contents = adapter.contents
     if contents is None:
         return {}
-    parts = [f"{part} ({len(contents.of(part))} modules)" for part in contents.parts if part]
+    parts = [f"{part} ({counted(len(contents.of(part)), 'module')})" for part in contents.parts if part]
     found = {
         "keys": f"{contents.style} style",
         "family": _file_family(adapter),
@@ -216,7 +216,7 @@ def _folder_details(adapter: Adapter, paths: list[str]) -> dict[str, str]:
     counts = Counter(section_of(path) for path in paths)
     if counts.keys().isdisjoint(SECTIONS):
         counts = Counter(half for path in paths for half in ("encoder", "decoder") if half in path.split("."))
-    parts = [f"{part} ({count} module{'s' * (count != 1)})" for part, count in sorted(counts.items())]
+    parts = [f"{part} ({counted(count, 'module')})" for part, count in sorted(counts.items())]
     brought = {file.name for file in adapter.side_files}
     found = {
         "trained class": trained,

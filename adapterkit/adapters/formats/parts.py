@@ -15,7 +15,7 @@ from adapterkit.adapters.config import FLAT, PARTS
 from adapterkit.adapters.families.names import DENOISER, ENCODERS
 from adapterkit.adapters.formats.contents import Contents, FileModule, assembled, moved
 from adapterkit.adapters.formats.keys import DOWN, UP
-from adapterkit.errors import AdapterError, TargetError, UsageError, option
+from adapterkit.errors import AdapterError, TargetError, UsageError, counted, option
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -182,10 +182,10 @@ def _placed(adapter: Adapter, contents: Contents, names: Names, places: Mapping[
         if part and lead is None:
             if part in adapter.only or len(contents.parts) == 1:
                 raise TargetError(
-                    f"{adapter.ref}: the base has no place for '{part}' ({len(own)} modules)",
+                    f"{adapter.ref}: the base has no place for '{part}' ({counted(len(own), 'module')})",
                     f"it holds {', '.join(names.components or sorted(places))}; name another part",
                 )
-            left.append(f"{part} ({len(own)} modules): the base has no such part")
+            left.append(f"{part} ({counted(len(own), 'module')}): the base has no such part")
             continue
         modules += _resolved(own, names, adapter, lead or "")
     others = [name for name in names.components if name.startswith("transformer_")]
@@ -225,7 +225,10 @@ def _chosen(adapter: Adapter, contents: Contents, names: Names, fit: Callable[[A
         )
     for part in misfits:
         _check_not_held(part, contents, names, fit, adapter, held)
-    left = [f"{part or 'what names no part'} ({len(contents.of(part))} modules): not of this base" for part in misfits]
+    left = [
+        f"{part or 'what names no part'} ({counted(len(contents.of(part)), 'module')}): not of this base"
+        for part in misfits
+    ]
     chosen = [module for own in fitting.values() for module in _modules(own)]
     return _made(adapter, contents, chosen, left)
 

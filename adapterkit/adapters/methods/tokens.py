@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change, RowReplacement, matrix
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
-from adapterkit.errors import AdapterError, TargetError
+from adapterkit.errors import AdapterError, TargetError, counted
 
 if TYPE_CHECKING:
     from adapterkit.adapters.config import AdapterConfig
@@ -42,7 +42,7 @@ def token_indices(config: AdapterConfig, module: str) -> list[int]:
 def token_change(indices: list[int], rows: Tensor) -> Change:
     """The change that puts ``rows`` in the place of the given rows of an embedding."""
     return Change(
-        f"{len(indices)} token rows replaced",
+        f"{counted(len(indices), 'token row')} replaced",
         lambda weights: RowReplacement(indices, matrix(rows, weights.dtype)),
         rows.nbytes,
         rows.numel * 4,
@@ -60,7 +60,7 @@ def token_edits(module: Module, context: Context) -> Iterator[Edit]:
         target = context.target(f"{module.path}.weight", f"{module.path}.{key}")
         if rows.shape != (len(indices), target.matrix[1]):
             raise TargetError(
-                f"{context.where}: '{module.path}.{key}' is {list(rows.shape)} for {len(indices)} tokens of "
+                f"{context.where}: '{module.path}.{key}' is {list(rows.shape)} for {counted(len(indices), 'token')} of "
                 f"{target.matrix[1]} dimensions",
                 GIVE_BASE,
             )

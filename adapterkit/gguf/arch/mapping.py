@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.slices import current
-from adapterkit.errors import CheckpointError, TargetError
+from adapterkit.errors import CheckpointError, TargetError, counted
 from adapterkit.gguf.arch.maps import Array, MapError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Mapper:
             chosen[key] = found.rule
         if strange:
             raise TargetError(
-                f"{ref}: nothing is known of '{strange[0]}' in a {self.spec.arch} ({len(strange)} tensors)",
+                f"{ref}: nothing is known of '{strange[0]}' in a {self.spec.arch} ({counted(len(strange), 'tensor')})",
                 f"the nearest name that is known is {_nearest(strange[0], self.spec.rules)}",
             )
         arrays: dict[str, Array] = {}

@@ -10,7 +10,7 @@ from adapterkit.adapters.formats.narrow import TEXT, section_of
 from adapterkit.adapters.merged import Merged, as_float32
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import CheckpointError, TargetError, option
+from adapterkit.errors import CheckpointError, TargetError, counted, option
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
 from adapterkit.gguf.arch.dense_modules import sizes
@@ -205,7 +205,7 @@ def as_gguf(
 def _of_towers(names: Sequence[str], *, made: bool) -> tuple[str, ...]:
     if not names:
         return ()
-    left = f"left out: the change of {len(names)} tensors of a tower, as '{names[0]}'"
+    left = f"left out: the change of {counted(len(names), 'tensor')} of a tower, as '{names[0]}'"
     writes = f"({option('mmproj', 'auto')} writes the projector beside it)"
     road = writes if made else "(merge into a folder for the rest)"
     return (f"{left}; this file is the text part alone {road}",)

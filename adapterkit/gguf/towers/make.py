@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.errors import TargetError, UsageError, counted, option
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import Mapped, Mapper
 from adapterkit.gguf.arch.model import file_type_entries, floats_of, kind_in_file, own_type
@@ -126,7 +126,9 @@ def from_tower(
     unused = frozenset(name for name in mapped.dropped if not re.search(mapper.spec.drops[0], mapper.canonical(name)))
     idle = sorted(unused & set(touched))
     notes = (
-        [f"adapters change {len(idle)} tensors, as '{idle[0]}', that the tower is not computed with"] if idle else []
+        [f"adapters change {counted(len(idle), 'tensor')}, as '{idle[0]}', that the tower is not computed with"]
+        if idle
+        else []
     )
     return FromTower(
         mapped, unused, layout, found.types, (*found.notes, *notes), partial(through_types, mapped.sources, types, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, counted
 from adapterkit.gguf.metadata import Entry, array
 from adapterkit.gguf.reader import F32, I32, STRING
 
@@ -108,7 +108,8 @@ class TokenTable:
         for number in missing:
             self.put(number, padding(number), UNUSED, PADDING_SCORE)
         if missing:
-            self.notes.append(f"{len(missing)} rows of the embedding have no token; they are named as padding")
+            some = counted(len(missing), "row of the embedding has", "rows of the embedding have")
+            self.notes.append(f"{some} no token, and the name of padding")
         self._check_unique()
 
     def _check_unique(self) -> None:

@@ -10,7 +10,7 @@ from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import plan_file, plan_safetensors
-from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.errors import TargetError, UsageError, counted, option
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 from adapterkit.verbs.conversions.folder import folder_recorder
 
@@ -54,10 +54,11 @@ def plan(asked: ConvertRequest, jobs: int, to: str) -> Conversion:
     if found.left:
         if not parts:
             raise UsageError(
-                f"{asked.src} holds {len(found.left)} tensors of other parts too, as '{found.left[0]}'",
+                f"{asked.src} holds {counted(len(found.left), 'tensor')} of other parts too, as '{found.left[0]}'",
                 f"name the denoiser alone: {path}#{PARTS[0]}",
             )
-        notes.append(f"{len(found.left)} tensors of other parts are left out, as '{found.left[0]}'")
+        some = counted(len(found.left), "tensor of other parts is", "tensors of other parts are")
+        notes.append(f"{some} left out, as '{found.left[0]}'")
     if found.dropped:
         notes.append(f"left out, since diffusers has no such tensor: {', '.join(found.dropped)}")
     record = folder_recorder(opened, to, "converted", {"verb": "convert", "to": to})

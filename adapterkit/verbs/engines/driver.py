@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
-from adapterkit.errors import OutputError
+from adapterkit.errors import OutputError, counted
 from adapterkit.verbs.engines.pool import ENDED, FAILED, LOST, MOVED, READY, Message, Pool, raised
 
 if TYPE_CHECKING:
@@ -69,10 +69,8 @@ class RunTally:
     def summary(self) -> str:
         """In a sentence."""
         found = f", {self.found} of them done before" if self.found else ""
-        lost = f", {self.lost} workers lost and replaced" if self.lost else ""
-        parts = "1 part" if self.parts == 1 else f"{self.parts} parts"
-        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
-        return f"{parts}{found} by {workers} ({self.engine}){lost}"
+        lost = f", {counted(self.lost, 'worker')} lost and replaced" if self.lost else ""
+        return f"{counted(self.parts, 'part')}{found} by {counted(self.workers, 'worker')} ({self.engine}){lost}"
 
     def add(self, said: Any) -> None:
         """Count a part."""

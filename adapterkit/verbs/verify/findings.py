@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import option
+from adapterkit.errors import counted, option
 from adapterkit.verbs.verify.hypotheses import Verdict, diagnose
 from adapterkit.verbs.verify.report import ERROR, NOTE, RIGHT, ROUNDING, WARNING, Finding
 from adapterkit.verbs.verify.suspect import NUMBER, Relatives, Suspect
@@ -51,13 +51,14 @@ def _values(subject: Subject, judged: Sequence[Judged]) -> list[Finding]:
     odd = [one for one in judged if one.odd]
     if odd:
         count = sum(one.odd for one in odd)
-        text = f"{count:,.0f} values of {len(odd)} tensors are NaN or infinite, and left out of the figures"
+        text = f"{count:,.0f} values of {counted(len(odd), 'tensor')} are NaN or infinite, and left out of the figures"
         hint = f"see whether base or adapter is damaged; inspect with {option('health', True)} looks at an adapter"
         found.append(Finding("not finite", WARNING, text, hint, tensors=tuple(one.item.name for one in odd)))
     if rounded:
         most = max(one.steps or 0.0 for one in rounded)
         words = "one rounding" if most <= 1.0 else f"{most:.1f} steps of their dtype"
-        text = f"{len(rounded)} tensors are not the bytes that adapterkit writes, and within {words} of the formula"
+        some = counted(len(rounded), "tensor is", "tensors are")
+        text = f"{some} not the bytes that adapterkit writes, and within {words} of the formula"
         found.append(Finding("rounding", NOTE, text, "other tools round the delta once more, or sum in another order"))
     return found
 
@@ -97,7 +98,9 @@ def where(names: Sequence[str], touched: Sequence[str]) -> tuple[str, bool]:
     if len(names) == 1:
         return f"'{names[0]}'", False
     if chosen == set(touched):
-        return f"all {len(names)} tensors that the adapter changes", False
+        return (
+            "the one tensor" if len(names) == 1 else f"all {len(names)} tensors"
+        ) + " that the adapter changes", False
     layers = _layers(names)
     whole = [n for n in layers if {t for t in touched if _layer(t) == n} <= chosen]
     if (
@@ -111,8 +114,8 @@ def where(names: Sequence[str], touched: Sequence[str]) -> tuple[str, bool]:
     kinds = sorted({NUMBER.sub("*", name) for name in names})
     if len(kinds) <= 3:
         shown = " and ".join(kinds)
-        return f"{len(names)} tensors ({shown})", False
-    return f"{len(names)} tensors (as '{names[0]}')", False
+        return f"{counted(len(names), 'tensor')} ({shown})", False
+    return f"{counted(len(names), 'tensor')} (as '{names[0]}')", False
 
 
 def _layer(name: str) -> int | None:

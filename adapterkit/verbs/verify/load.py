@@ -22,6 +22,7 @@ from adapterkit.adapters.brought import PROCESSOR_CONFIG, TEMPLATE, TEMPLATES, T
 from adapterkit.checkpoint.folder import INDEX, MORE_TEMPLATES
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.pipeline import components
+from adapterkit.errors import counted
 from adapterkit.foreign import json_value
 from adapterkit.verbs.verify.inputs import place
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding
@@ -91,7 +92,7 @@ def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Fin
     layers = _layers(config)
     if layers > MOST_LAYERS:
         if layers > len(subject.found):
-            text = f"config.json says {layers:,} layers, and MERGED holds {len(subject.found):,} tensors"
+            text = f"config.json says {layers:,} layers, and MERGED holds {counted(len(subject.found), 'tensor')}"
             yield Finding("missing key", ERROR, text, "correct config.json, or merge again")
             return
         yield _unchecked(f"MERGED has {layers:,} layers, more than {MOST_LAYERS:,}, and was not built in transformers")

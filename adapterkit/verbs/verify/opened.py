@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import check_unchanged
-from adapterkit.errors import option
+from adapterkit.errors import counted, option
 from adapterkit.ops.device import CPU
 from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS
@@ -327,7 +327,7 @@ def _dead(found: TensorLevel, asked: int | None) -> list[Finding]:
     else:
         return []
     names = ", ".join(one.name for one in dead)
-    text = f"{len(dead)} of {found.touched} changed tensors have a cosine or a retention below 0.5{allowed}: {names}"
+    text = f"{len(dead)} of {counted(found.touched, 'changed tensor')} have a cosine or a retention below 0.5{allowed}: {names}"
     hint = "write these tensors wider, or keep the adapter beside the base"
     return [Finding("dead tensors", severity, text, hint, figure=float(len(dead)))]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit._version import __version__
+from adapterkit.errors import counted
 from adapterkit.foreign import for_page, is_whole
 from adapterkit.verbs.heatmap import place
 from adapterkit.verbs.verify.report import EQUAL, RIGHT
@@ -154,7 +155,7 @@ def _figures(report: VerifyReport) -> Iterator[tuple[str, str, str]]:
         yield (
             "Same likeliest token",
             f"{model.merged.top1:.1%}",
-            f"{model.tokens:,} tokens; base alone {model.base.top1:.1%}",
+            f"{counted(model.tokens, 'token')}; base alone {model.base.top1:.1%}",
         )
         yield "KL from trained", f"{model.merged.mean_kl:.1e}", f"mean, in nats; base alone {model.base.mean_kl:.1e}"
 
@@ -180,7 +181,9 @@ def _finding(one: Finding) -> str:
     if len(one.tensors) > 1:
         shown = "".join(f"<li><code>{for_page(name)}</code></li>" for name in one.tensors[:LISTED])
         more = f"<p>and {len(one.tensors) - LISTED} more</p>" if len(one.tensors) > LISTED else ""
-        parts.append(f"<details><summary>{len(one.tensors)} tensors</summary><ul>{shown}</ul>{more}</details>")
+        parts.append(
+            f"<details><summary>{counted(len(one.tensors), 'tensor')}</summary><ul>{shown}</ul>{more}</details>"
+        )
     return "".join(parts) + "</li>"
 
 
@@ -286,9 +289,10 @@ def _model(report: VerifyReport) -> Iterator[str]:
     if model is None:
         return
     yield "<h2>Answers</h2>"
+    scored = f"{counted(len(model.prompts), 'prompt')}, {counted(model.tokens, 'scored token')}"
     yield (
-        f"<p>{len(model.prompts)} prompts, {model.tokens:,} scored tokens. Merged runs in {for_page(model.runtime)}, base + "
-        f"adapters by {for_page(model.trained)}; distances are from base + adapters.</p>"
+        f"<p>{scored}. Merged runs in {for_page(model.runtime)}, base + adapters by "
+        f"{for_page(model.trained)}; distances are from base + adapters.</p>"
     )
     yield '<div class="bars">'
     for name, found, tone in (("merged", model.merged, "link"), ("base alone", model.base, "bad")):

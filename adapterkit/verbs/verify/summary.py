@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.errors import counted
 from adapterkit.verbs.verify.report import ERROR, WARNING
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def _lines(report: VerifyReport) -> Iterator[str]:
         yield f"| | loses most | {_text(layers.worst)} |"
     if report.model is not None:
         model = report.model
-        yield f"| model | runtime | {_text(model.runtime)}, {model.tokens:,} tokens of {len(model.prompts)} prompts |"
+        ran = f"{counted(model.tokens, 'token')} of {counted(len(model.prompts), 'prompt')}"
+        yield f"| model | runtime | {_text(model.runtime)}, {ran} |"
         yield f"| | merged beside base + adapters | {distance(model.merged)} |"
         yield f"| | base beside base + adapters | {distance(model.base)} |"
         perplexity = ", ".join(f"{name} {value:.3f}" for name, value in model.perplexity.items())
