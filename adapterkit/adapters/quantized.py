@@ -21,7 +21,7 @@ from adapterkit.codecs.codec import Layers
 from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.encode import InStep
 from adapterkit.codecs.kinds import nested
-from adapterkit.codecs.table import find_kind, kinds_of, quantization
+from adapterkit.codecs.table import KINDS, find_kind, kinds_of, quantization
 from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import UsageError, counted, option
 
@@ -55,7 +55,8 @@ def quantized(
         fed: see `adapterkit.adapters.kept.kept`.
 
     Raises:
-        UsageError: there is no such kind, the view is quantized, or a layer is stored in pieces.
+        UsageError: there is no such kind, the view is quantized, a layer is stored in pieces, or is a ``Conv1D``, which
+            transformers does not load in this kind.
     """
     find_kind(kind)
     form = kinds_of(checkpoint.config)[kind]
@@ -108,6 +109,11 @@ def quantized(
         # A layer without values has no scale.
         fits = name in whole and linear.numel and not (form.experts and linear.shape[0] == 1)
         encoder = form.encoder(name, linear.shape, linear.dtype, double_quant) if fits else None
+        if encoder is not None and linear is not tensor and not form.conv1d:
+            raise UsageError(
+                f"'{name}' of {checkpoint.ref} is a Conv1D, which transformers does not load in {kind}",
+                f"write {', '.join(one.name for one in KINDS.values() if one.conv1d)}, 16 bits or GGUF",
+            )
         if isinstance(encoder, InStep):
             encoder.largest = peaks[name].value
         if encoder is not None and fed is not None:

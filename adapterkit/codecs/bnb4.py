@@ -413,7 +413,7 @@ def _kind(name: str) -> Kind:
 
     already = (f"{name} 64", f"{name} 64 double")
     how = partial(config, kind=name)
-    return Kind(name, encoder, how, 4.0, already)
+    return Kind(name, encoder, how, 4.0, already, conv1d=True)
 
 
 BNB4 = Codec(

@@ -147,6 +147,7 @@ BNB8 = Codec(
             partial(config, kind="int8"),
             8.0,
             ("int8",),
+            conv1d=True,
         ),
     ),
 )

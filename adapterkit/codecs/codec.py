@@ -129,6 +129,7 @@ class Kind:
             transformers.
         models: model types whose published layout it is; for them it goes before another of the same name. Empty for all.
         stacks: it is of experts that are stored as one stack ``[experts, in, out]``, and of nothing else.
+        conv1d: what loads it has GPT-2's ``Conv1D`` in this format too.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Kind:
     program: str = ""
     models: tuple[str, ...] = ()
     stacks: bool = False
+    conv1d: bool = False
 
 
 @dataclass(frozen=True)

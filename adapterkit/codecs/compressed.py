@@ -370,8 +370,14 @@ def _new(
     )
 
 
-def new_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder:
-    """FP8 in blocks of 128x128, of which the last ones may be short."""
+def new_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:
+    """FP8 in blocks of 128x128, of which the last rows may be short.
+
+    None for columns that are no multiple of 128: what a layer reads is quantized in groups of 128 while the model runs, and
+    compressed-tensors (0.20), vLLM and SGLang refuse another width.
+    """
+    if shape[1] % 128:
+        return None
     return _new(
         name,
         shape,

@@ -146,6 +146,37 @@ def test_transformers_loads_it(base: Path, tmp_path: Path, kind: str) -> None:
     assert torch.allclose(got, wanted, atol=0.1)
 
 
+@pytest.mark.parametrize("kind", ["fp8-block", "int4"])
+def test_a_width_that_no_program_runs_stays(tmp_path: Path, kind: str) -> None:
+    """Inputs of 192: compressed-tensors computes what a layer reads in groups of 128, and fails on another width."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=32,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "out", to=kind)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        assert loaded(torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["fp8", *ARGS])
+def test_a_conv1d_is_refused(tmp_path: Path, kind: str) -> None:
+    """transformers 5.24 reports these as UNEXPECTED or of another shape; only bitsandbytes' layers have a turned weight."""
+    (tmp_path / "base").mkdir()
+    save_file({"transformer.h.0.mlp.c_fc.weight": torch.randn(128, 512)}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(UsageError, match="c_fc.weight' of .* is a Conv1D, .* write nf4, fp4, int8, 16 bits or GGUF"):
+        convert(tmp_path / "base", tmp_path / "out", to=kind)
+    convert(tmp_path / "base", tmp_path / "nf4", to="nf4")
+
+
 @pytest.mark.parametrize("kind", ARGS)
 def test_a_merge_is_verified(base: Path, tmp_path: Path, kind: str) -> None:
     tuned = adapter_of(tmp_path, torch.randn(128, 4, generator=torch.Generator().manual_seed(1)) * 0.01, 128)
@@ -530,7 +561,7 @@ def test_an_adapter_in_gpt_oss(gpt_oss: Path, tmp_path: Path) -> None:
         merge(tmp_path / "decoded", [tuned], tmp_path / "no", quant="mxfp4")
     assert merge(gpt_oss, [tuned], tmp_path / "yes", quant="mxfp4").touched == 2
     report = convert(gpt_oss, tmp_path / "some", to="mxfp4", skip_modules=["model.layers.0.mlp.experts"])
-    assert any("the experts of 1 layers stay in 16 bits" in note for note in report.notes)
+    assert any("the experts of 1 layer stay in 16 bits" in note for note in report.notes)
     after = stored(tmp_path / "some")
     assert "model.layers.0.mlp.experts.down_proj" in after
     assert "model.layers.1.mlp.experts.down_proj_blocks" in after

@@ -107,11 +107,12 @@ def test_keep_refuses_what_float8_cannot_hold(store, tmp_path: Path) -> None:
 def test_a_merge_of_it_is_verified(tmp_path: Path, quant: str) -> None:
     """A weight of one tensor, without a scale; and FP8 blocks made of it are no weights of the base's own."""
     (tmp_path / "base").mkdir()
-    tensors = {f"{TOUCHED}.weight": weight(0), f"{OTHER}.weight": weight(1), f"{TOUCHED}.bias": weight(2)[:, 0]}
-    plain = {"model.embed_tokens.weight": weight(3, (32, 192)).bfloat16(), "model.norm.weight": torch.ones(192)}
+    shape = (160, 256)
+    tensors = {f"{TOUCHED}.weight": weight(0, shape), f"{OTHER}.weight": weight(1, shape), f"{TOUCHED}.bias": weight(2)[:, 0]}
+    plain = {"model.embed_tokens.weight": weight(3, (32, 256)).bfloat16(), "model.norm.weight": torch.ones(256)}
     tensors = {name: tensor.to(KINDS[0]).contiguous() for name, tensor in tensors.items()}
     save_file({**tensors, **plain}, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
     (tmp_path / "base/config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')
-    tuned = adapter_of(tmp_path, torch.randn(160, 4, generator=torch.Generator().manual_seed(1)) * 0.05, 192)
+    tuned = adapter_of(tmp_path, torch.randn(160, 4, generator=torch.Generator().manual_seed(1)) * 0.05, 256)
     merge(tmp_path / "base", [tuned], tmp_path / "out", quant=quant, yes_lossy=True)
     assert verify(tmp_path / "out", base=tmp_path / "base", adapters=[tuned], level="tensors").ok

@@ -134,8 +134,8 @@ KINDS: dict[str, Callable[[Path], Made]] = {
         {},
     ),
     "NF4 decoded": lambda at: (quantized(at, "nf4"), [plain_adapter(at / "a", at / "plain", modules=LINEAR)], {}),
-    "FP8 kept": lambda at: (
-        quantized(at, "fp8-block"),
+    "MXFP4 kept": lambda at: (
+        quantized(at, "mxfp4"),
         [plain_adapter(at / "a", at / "plain", modules=LINEAR)],
         {"quant": "keep"},
     ),
