@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("places", "rows", "web"),
     ("disk",),
     ("packages", "deprecation"),
-    ("errors", "values", "foreign", "_version"),
+    ("errors", "notices", "values", "foreign", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import UsageError, counted, option
 
 if TYPE_CHECKING:
     from adapterkit.ops.rows import DeltaRows
@@ -86,7 +86,10 @@ class BoundRule:
         """
         for name, value in {**self._bound, "weight": self.shares or None}.items():
             if isinstance(value, tuple) and len(value) != count:
-                raise UsageError(f"{len(value)} values of {name} for {count} adapters", "give one, or one for each")
+                raise UsageError(
+                    f"{counted(len(value), 'value')} of {name} for {counted(count, 'adapter')}",
+                    "give one, or one for each",
+                )
 
     def here(self, name: str, depth: float, places: Sequence[int]) -> BoundRule:
         """The method as it counts for one weight: its parameters as numbers.
@@ -213,7 +216,8 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     given = () if weights is None else tuple(float(weight) for weight in weights)
     found = given or (1.0,) * count
     if len(found) != count:
-        raise UsageError(f"{len(found)} weights for {count} adapters", f"give one {option('weights')} for each adapter")
+        said = f"{counted(len(found), 'weight')} for {counted(count, 'adapter')}"
+        raise UsageError(said, f"give one {option('weights')} for each adapter")
     bad = next((weight for weight in found if not isfinite(weight)), None)
     if bad is not None:
         raise UsageError(f"a weight must be a finite number, got {bad}", "correct it")

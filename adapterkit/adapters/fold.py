@@ -23,7 +23,7 @@ from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import FLOATS
-from adapterkit.errors import AdapterError, TargetError, UsageError, option
+from adapterkit.errors import AdapterError, TargetError, UsageError, counted, option
 from adapterkit.ops.device import CPU
 from adapterkit.values import dataclass
 
@@ -96,9 +96,8 @@ def fold(
     if not all(map(math.isfinite, factors)):
         raise UsageError("a weight is not a finite number", f"give each {option('weights')} a number")
     if len(factors) != len(adapters):
-        raise UsageError(
-            f"{len(factors)} weights for {len(adapters)} adapters", f"give one {option('weights')} for each adapter"
-        )
+        given = f"{counted(len(factors), 'weight')} for {counted(len(adapters), 'adapter')}"
+        raise UsageError(given, f"give one {option('weights')} for each adapter")
     base, notes = replicated_base(dequantized(base), adapters)
     if names is None:
         base, wider = widened_base(base, adapters)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import click
 
 from adapterkit._version import __version__
-from adapterkit.cli.output import fail, form_of, interrupted, others_speak_through_us
+from adapterkit.cli.output import fail, form_of, interrupted, note, others_speak_through_us
 from adapterkit.errors import AdapterkitError, nearest, no_memory, out_of_memory, spelled
+from adapterkit.notices import heard
 from adapterkit.packages import lacking
 
 
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> Any:
     # Importing numpy starts the threads of OpenBLAS, and each spins for 2^26 ticks before it sleeps: a tenth of a second of
     # every core, for a library that is hardly used. 2^4 is its least.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-    with spelled(_as_flag):
+    with spelled(_as_flag), heard(note):
         _run(given)
 
 

@@ -172,6 +172,31 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def columns() -> int:
+    """The width of the terminal that messages go to."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdigit() and int(given):
+        return int(given)
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal
+        return 80
+
+
+def _fitting(share: float, texts: list[str]) -> str:
+    """A bar with the first text that fits into one line of the terminal; a bar of less than 8 is left out.
+
+    A line that wraps would not be taken back: each next one would stand below it.
+    """
+    room = columns() - 1  # in the last column some terminals wrap already
+    text = next((text for text in texts if len(text) <= room), texts[-1][:room])
+    wide = min(24, room - len(text) - 1)
+    if wide < 8:
+        return text
+    filled = int(wide * share)
+    return f"{'#' * filled}{'.' * (wide - filled)} {text}"
+
+
 class Progress:
     """A bar with bytes (or what ``form`` shows) and ETA on a terminal, a line now and then elsewhere."""
 
@@ -193,13 +218,14 @@ class Progress:
             return
         self._last = now
         share = done / total if total else 1.0
-        text = f"{self._label} {self._form(done)} of {self._form(total)}, {share:4.0%}{self._left(now, done, total)}"
-        if self._tty:
-            Progress._bar = self
-            filled = int(24 * share)
-            click.echo(f"\r{'#' * filled}{'.' * (24 - filled)} {text}\x1b[K", err=True, nl=False)
-        else:
-            click.echo(text, err=True)
+        text = f"{self._label} {self._form(done)} of {self._form(total)}, {share:4.0%}"
+        left = self._left(now, done, total)
+        if not self._tty:
+            click.echo(f"{text}{left}", err=True)
+            return
+        Progress._bar = self
+        shown = _fitting(share, [f"{text}{left}", f"{self._label} {share:4.0%}{left}", f"{self._label} {share:4.0%}"])
+        click.echo(f"\r{shown}\x1b[K", err=True, nl=False)
 
     def _left(self, now: float, done: int, total: int) -> str:
         """How long it will still take, once there is a pace to tell it by; start-up is no part of that."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import AdapterError, UsageError
+from adapterkit.errors import AdapterError, UsageError, counted
 from adapterkit.ops.rows import TILE, common_shape
 from adapterkit.ops.threads import one_thread
 
@@ -176,7 +176,8 @@ def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
     common_shape(parts)
     weights = [1.0] * len(parts) if weights is None else weights
     if len(weights) != len(parts):
-        raise UsageError(f"{len(weights)} weights were given for {len(parts)} adapters", "give one weight per adapter")
+        given = counted(len(weights), "weight was", "weights were")
+        raise UsageError(f"{given} given for {counted(len(parts), 'adapter')}", "give one weight per adapter")
     scaled = [part.scaled(weight) for part, weight in zip(parts, weights, strict=True)]
     return Factors(torch.cat([p.b.float() for p in scaled], 1), torch.cat([p.a.float() for p in scaled], 0))
 

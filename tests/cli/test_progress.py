@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 from models import plain_adapter, plain_base
 
+from adapterkit.cli import main
 from adapterkit.cli.output import Progress, fail, note
+from adapterkit.notices import tell
 
 
 @pytest.fixture
@@ -78,9 +83,40 @@ def test_what_comes_after_a_bar_has_a_line_of_its_own(
     assert capsys.readouterr().err == "again\n"
 
 
-def test_on_a_real_terminal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (80, "############............ merging 50.00 MB of 100.00 MB,  50%, 2 s left"),
+        (60, "######....... merging 50.00 MB of 100.00 MB,  50%, 2 s left"),
+        (50, "merging 50.00 MB of 100.00 MB,  50%, 2 s left"),
+        (40, "########........ merging  50%, 2 s left"),
+        (20, "merging  50%"),
+        (10, "merging  "),
+    ],
+)
+def test_a_bar_fits_into_one_line(
+    columns: int, shown: str, clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    bar = Progress("merging")
+    bar(0, 100_000_000)
+    bar(1, 100_000_000)
+    clock[0] += 2
+    bar(50_000_000, 100_000_000)
+    drawn = capsys.readouterr().err.split("\r")[-1].removesuffix("\x1b[K")
+    assert drawn == shown
+    assert len(drawn) < columns
+    bar.close()
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_on_a_real_terminal(tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line of it is wider than the terminal: it would wrap, and stay."""
+    monkeypatch.delenv("COLUMNS", raising=False)
     base = plain_base(tmp_path / "base")
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     # A clock that runs a second at each look, so that the bar is drawn however fast the merge is.
     code = (
         "import itertools, sys; from adapterkit.cli import main, output; clock = itertools.count(); "
@@ -102,4 +138,34 @@ def test_on_a_real_terminal(tmp_path: Path) -> None:
     assert "tensors changed" in said
     assert b"merging" in shown
     assert b"100%" in shown
+    drawn = [line.removesuffix("\x1b[K") for line in shown.decode().split("\r") if "merging" in line]
+    assert max(map(len, drawn)) < columns
     assert shown.endswith(b"\r\x1b[K")  # and the line is left clean
+
+
+def test_what_is_said_meanwhile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a line of its own on stderr; by Python nobody hears it."""
+    tell("nobody is there")
+    monkeypatch.setattr("adapterkit.cli._run", lambda given: tell("Compiling\x1b[2J"))
+    main(["merge"])
+    assert capsys.readouterr() == ("", "Compiling\\x1b[2J\n")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_encoders_that_are_compiled_are_told_of_once(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba's own event, as it is when its cache holds no machine code; of other functions nothing is said."""
+    from numba.core import event
+
+    from adapterkit.gguf.kernels import compiled
+
+    said: list[str] = []
+    monkeypatch.setattr(compiled, "tell", said.append)
+    monkeypatch.setattr(compiled.COMPILING, "said", False)
+    kernel = compiled.kernel("Q8_0", False)
+    monkeypatch.setitem(compiled.COMPILING.watched, id(kernel), kept)
+    for dispatcher in (compiled._encode, kernel, kernel):
+        with event.trigger_event("numba:compile", data={"dispatcher": dispatcher}):
+            pass
+    (text,) = said
+    assert ("once for this environment" in text) == kept
+    assert ("NUMBA_CACHE_DIR" in text) != kept

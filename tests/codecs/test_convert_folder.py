@@ -134,7 +134,7 @@ def test_from_any_codec(store, tmp_path: Path, capsys) -> None:
     assert torch.equal(stored(tmp_path / "f16")["a.weight"], wanted)
     assert torch.equal(stored(tmp_path / "f16")["a.weight"], values(checkpoint, "a.weight"))
     assert run("convert", checkpoint.ref, "--to", "bf16", "--dry-run") == 0
-    assert "decoded 1 weights in gptq 4 bit" in capsys.readouterr().err
+    assert "decoded 1 weight in gptq 4 bit" in capsys.readouterr().err
 
 
 def test_one_grid_to_another_says_what_it_costs(bnb, tmp_path: Path, base: Path, capsys) -> None:

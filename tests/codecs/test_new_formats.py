@@ -171,8 +171,10 @@ def test_a_conv1d_is_refused(tmp_path: Path, kind: str) -> None:
     """transformers 5.24 reports these as UNEXPECTED or of another shape; only bitsandbytes' layers have a turned weight."""
     (tmp_path / "base").mkdir()
     save_file({"transformer.h.0.mlp.c_fc.weight": torch.randn(128, 512)}, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(UsageError, match="c_fc.weight' of .* is a Conv1D, .* write nf4, fp4, int8, 16 bits or GGUF"):
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
+    with pytest.raises(UsageError, match=r"c_fc.weight' of .* is a Conv1D, .* write nf4, fp4, int8, 16 bits or GGUF"):
         convert(tmp_path / "base", tmp_path / "out", to=kind)
     convert(tmp_path / "base", tmp_path / "nf4", to="nf4")
 

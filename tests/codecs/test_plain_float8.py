@@ -108,7 +108,11 @@ def test_a_merge_of_it_is_verified(tmp_path: Path, quant: str) -> None:
     """A weight of one tensor, without a scale; and FP8 blocks made of it are no weights of the base's own."""
     (tmp_path / "base").mkdir()
     shape = (160, 256)
-    tensors = {f"{TOUCHED}.weight": weight(0, shape), f"{OTHER}.weight": weight(1, shape), f"{TOUCHED}.bias": weight(2)[:, 0]}
+    tensors = {
+        f"{TOUCHED}.weight": weight(0, shape),
+        f"{OTHER}.weight": weight(1, shape),
+        f"{TOUCHED}.bias": weight(2)[:, 0],
+    }
     plain = {"model.embed_tokens.weight": weight(3, (32, 256)).bfloat16(), "model.norm.weight": torch.ones(256)}
     tensors = {name: tensor.to(KINDS[0]).contiguous() for name, tensor in tensors.items()}
     save_file({**tensors, **plain}, tmp_path / "base/model.safetensors", metadata={"format": "pt"})

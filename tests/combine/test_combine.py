@@ -286,7 +286,7 @@ def test_a_search_over_weights_needs_no_files(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"weights": [1]}, "1 weights for 2 adapters"),
+    ({"weights": [1]}, "1 weight for 2 adapters"),
     ({"weights": [1, float("nan")]}, "must be a finite number"),
     ({"weights": [0, 0]}, "every weight is 0"),
     ({"scale": float("inf")}, "scale= must be a finite number"),

@@ -90,7 +90,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str], adapters: list[Path
         (["combine", "{a}", "{b}", "-o", "{tmp}/o", "--method", "sum"], 2, "Invalid value for '--method'"),
         (["combine", "{a}", "{b}", "-o", "{tmp}/o", "--method", "ties"], 2, "full rank"),
         (["combine", "{a}", "{b}", "-o", "{tmp}/o", "--density", "0.5"], 2, "method linear has no parameter density"),
-        (["combine", "{a}", "{b}", "-o", "{tmp}/o", "--weight", "1"], 2, "1 weights for 2 adapters"),
+        (["combine", "{a}", "{b}", "-o", "{tmp}/o", "--weight", "1"], 2, "1 weight for 2 adapters"),
         (["combine", "{a}", "{b}", "-o", "{tmp}/o", "--rank", "100"], 2, "larger than every layer"),
         (["combine", "{a}", "{tmp}/nowhere", "-o", "{tmp}/o"], 7, "does not exist"),
         (["combine", "{a}", "{base}", "-o", "{tmp}/o"], 7, "is a model, not an adapter"),

@@ -195,10 +195,10 @@ def test_a_file_with_other_parts_needs_the_denoiser_named(tmp_path: Path) -> Non
         f"model.diffusion_model.{key}": tensor for key, tensor in load_file(tmp_path / "unet.safetensors").items()
     }
     save_file({**tensors, "first_stage_model.encoder.conv_in.weight": torch.zeros(2, 2)}, file)
-    with pytest.raises(UsageError, match=r"holds 1 tensors of other parts too, as 'first_stage_model"):
+    with pytest.raises(UsageError, match=r"holds 1 tensor of other parts too, as 'first_stage_model"):
         adapterkit.convert(file, to="diffusers", base=folder, out=tmp_path / "back")
     report = adapterkit.convert(f"{file}#unet", to="diffusers", base=folder, out=tmp_path / "back")
-    assert any("1 tensors of other parts are left out" in note for note in report.notes)
+    assert any("1 tensor of other parts is left out" in note for note in report.notes)
     before, after = weights(folder), weights(tmp_path / "back")
     assert all(torch.equal(after[key], before[key]) for key in before)
 

@@ -126,7 +126,7 @@ def test_what_is_said_without_a_part(pipeline: Path) -> None:
     file = pipeline / "file.safetensors"
     base = pipeline / "whole" / "sd.safetensors"
     report = merge(base, [file], pipeline / "out")  # Stable Diffusion 1 has no second text encoder
-    assert any("left out: te2 (1 modules): the base has no such part" in note for note in report.notes)
+    assert any("left out: te2 (1 module): the base has no such part" in note for note in report.notes)
     assert report.touched == 2
     with pytest.raises(TargetError, match="the base has no place for 'te2'"):
         merge(base, [f"{file}#te2"], pipeline / "two")

@@ -21,7 +21,7 @@ GONE = object()
 ROPE = {"rope_type": "default"}
 # What a config of 2 layers, width 64, 4 heads and 2 of keys of 16 numbers says instead, and a word of the sentence.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "fewer layers": ({"num_hidden_layers": 1}, "says 1 layers, and 'model.layers.1"),
+    "fewer layers": ({"num_hidden_layers": 1}, "says 1 layer, and 'model.layers.1"),
     "more layers": ({"num_hidden_layers": 3}, "'blk.2.attn_k.weight' is missing"),
     "half a layer": ({"num_hidden_layers": 2.5}, "'num_hidden_layers' .* is 2.5, where a whole number"),
     "layers in words": ({"num_hidden_layers": "2"}, "'num_hidden_layers' .* is '2', where a whole number"),
@@ -151,4 +151,4 @@ def test_norms_of_a_lora_file_are_said_to_be_left_out(hf: Path, tmp_path: Path) 
     writer.write_tensors_to_file()
     writer.close()
     report = adapterkit.merge(hf, [tmp_path / "lora.gguf"], tmp_path / "o.gguf")
-    assert any("left out, as llama.cpp does: 1 norms" in note for note in report.notes)
+    assert any("left out, as llama.cpp does: 1 norm" in note for note in report.notes)

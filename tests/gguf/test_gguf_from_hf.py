@@ -132,7 +132,7 @@ def test_an_adapter_on_what_gguf_does_not_hold(tmp_path: Path) -> None:
     rewrite(hf, lambda tensors: tensors.update({"vision_tower.proj.weight": torch.zeros(8, 8)}))
     config(vision_config={"hidden_size": 8})(hf)
     report = convert(hf, tmp_path / "o.gguf")
-    assert any("the text part alone: 1 other tensors" in note for note in report.notes)
+    assert any("the text part alone: 1 other tensor belongs" in note for note in report.notes)
     key = "base_model.model.vision_tower.proj"
     factors = {f"{key}.lora_A.weight": torch.ones(4, 8), f"{key}.lora_B.weight": torch.ones(8, 4)}
     adapter = write_adapter(tmp_path / "adapter", factors, target_modules=["proj"])

@@ -210,7 +210,7 @@ def test_what_is_not_in_the_table() -> None:
 
 def test_weights_that_make_no_sense() -> None:
     parts = adapters(8, 7, 2, 2)
-    with pytest.raises(UsageError, match="1 weights were given for 2 adapters"):
+    with pytest.raises(UsageError, match="1 weight was given for 2 adapters"):
         combine(parts, weights=[1.0])
     with pytest.raises(UsageError, match="every weight is 0"):
         combine(parts, weights=[0.0, 0.0])

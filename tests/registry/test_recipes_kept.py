@@ -126,7 +126,7 @@ def test_gc_says_what_would_be_saved(desk: Path, tmp_path: Path) -> None:
     assert one.bytes == sum(path.stat().st_size for path in (tmp_path / "wide").glob("*.safetensors"))
     said = CliRunner().invoke(app, ["gc", "--recipes"]).output
     assert "wide@1: made by convert" in said
-    assert "1 versions could be kept as their recipes" in said
+    assert "1 version could be kept as its recipe" in said
 
 
 def test_adapters_that_are_computed_are_kept_as_recipes_too(desk: Path, tmp_path: Path, base: Path) -> None:

@@ -157,7 +157,7 @@ class Mapper:
             if not found.rule.gguf or self._beyond(found):
                 if self._beyond(found) and not self._predicts:
                     raise CheckpointError(
-                        f"{ref}: its config.json says {self.layers} layers, and '{name}' is of one after them",
+                        f"{ref}: its config.json says {counted(self.layers, 'layer')}, and '{name}' is of one after them",
                         "give the config.json that belongs to these weights",
                     )
                 dropped.append(name)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
 from numba import njit
+from numba.core import event
 
 from adapterkit.gguf.kernels import simd
 from adapterkit.gguf.kernels.lanes import at, bits, largest_lane, select, shared
 from adapterkit.gguf.kernels.layouts import LAYOUTS
+from adapterkit.notices import tell
 
 LANES = simd.LANES
 _SOURCES = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
@@ -122,11 +124,39 @@ def _kernel(name: str, weighted: bool) -> Any:
 def _compiled(function: Any) -> Any:
     how = {"nogil": True, "error_model": "numpy", "fastmath": False}
     try:
-        return njit(cache=True, **how)(function)
-    except (
-        RuntimeError
-    ):  # no folder that numba may write to, as in a read-only container: compiled anew by each process
-        return njit(cache=False, **how)(function)
+        made, kept = njit(cache=True, **how)(function), True
+    except RuntimeError:  # no folder that numba may write to, as in a read-only container
+        made, kept = njit(cache=False, **how)(function), False
+    _Compiling.watched[id(made)] = kept
+    return made
+
+
+class _Compiling(event.Listener):  # type: ignore[misc]
+    """Says, once in a process, why nothing seems to happen: numba makes machine code, of what its cache does not hold."""
+
+    watched: ClassVar[dict[int, bool]] = {}
+    """Our kernels, and whether their machine code is kept. What they call is compiled within them."""
+    said = False
+
+    def on_start(self, found: event.Event) -> None:
+        kept = self.watched.get(id(found.data.get("dispatcher")))
+        if kept is None or self.said:
+            return
+        self.said = True
+        if kept:
+            tell("Compiling the functions for GGUF types, once for this environment: some seconds for each type")
+        else:
+            tell(
+                "Compiling the functions for GGUF types, some seconds for each: there is no folder to keep them in, so every "
+                "process does it (NUMBA_CACHE_DIR names one)"
+            )
+
+    def on_end(self, found: event.Event) -> None:
+        pass
+
+
+COMPILING = _Compiling()
+event.register("numba:compile", COMPILING)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, counted
 from adapterkit.ops.extract import low_rank
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.rows import DeltaRows, common_shape, scaled
@@ -106,7 +106,8 @@ def _weighted(parts: Sequence[DeltaRows], weights: Sequence[float] | None) -> tu
     if weights is None:
         return list(parts), (1.0,) * len(parts)
     if len(weights) != len(parts):
-        raise UsageError(f"{len(weights)} weights were given for {len(parts)} adapters", "give one weight per adapter")
+        given = counted(len(weights), "weight was", "weights were")
+        raise UsageError(f"{given} given for {counted(len(parts), 'adapter')}", "give one weight per adapter")
     kept = [(part, _finite(w, "weight")) for part, w in zip(parts, weights, strict=True) if w != 0]
     if not kept:
         raise UsageError("every weight is 0, so nothing is left to combine", "give at least one adapter a weight")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import fsum
 from typing import TYPE_CHECKING, Annotated
 
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import UsageError, counted, option
 from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.rows import ComputedRows, DeltaRows, add, blocks, common_shape
 from adapterkit.ops.rules.parameters import Density, Election, Normalize, Own, Seed, Share
@@ -299,7 +299,10 @@ def _each(value: float | Sequence[float], deltas: Sequence[DeltaRows]) -> list[f
     """
     found = [float(one) for one in value] if isinstance(value, (list, tuple)) else [float(value)] * len(deltas)  # type: ignore[arg-type]
     if len(found) != len(deltas):
-        raise UsageError(f"{len(found)} values of a parameter for {len(deltas)} adapters", "give one, or one for each")
+        raise UsageError(
+            f"{counted(len(found), 'value')} of a parameter for {counted(len(deltas), 'adapter')}",
+            "give one, or one for each",
+        )
     return found
 
 
