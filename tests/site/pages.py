@@ -72,10 +72,11 @@ class Shell:
     Args:
         folder: where it starts.
         page: its name, for what is said when a command fails.
+        together: what adapterkit prints on both streams is kept in its order, as a terminal shows it.
     """
 
-    def __init__(self, folder: Path, page: str) -> None:
-        self.folder, self.page = folder, page
+    def __init__(self, folder: Path, page: str, *, together: bool = False) -> None:
+        self.folder, self.page, self.together = folder, page, together
         self.ran = 0
 
     def run(self, block: Block) -> None:
@@ -85,11 +86,20 @@ class Shell:
             AssertionError: a command failed; it says which, and what it printed.
         """
         for line, command in commands(block):
-            wanted = _CODE.search(command)
-            code, output = self._one(command)
-            expected = int(wanted[1]) if wanted else 0
-            assert code == expected, f"{self.page}:{line}: {command}\nexited with {code}, not {expected}:\n{output}"
-            self.ran += 1
+            self.output(block, line, command)
+
+    def output(self, block: Block, line: int, command: str) -> str:
+        """What one command of a block printed.
+
+        Raises:
+            AssertionError: as `run`.
+        """
+        wanted = _CODE.search(command)
+        code, output = self._one(command)
+        expected = int(wanted[1]) if wanted else 0
+        assert code == expected, f"{self.page}:{line}: {command}\nexited with {code}, not {expected}:\n{output}"
+        self.ran += 1
+        return output
 
     def _one(self, command: str) -> tuple[int, str]:
         words = shlex.split(command, comments=True)
@@ -120,7 +130,7 @@ class Shell:
             os.environ[name] = value
             return 0, "", ""
         if words[0] == "adapterkit":
-            return _adapterkit(words[1:])
+            return _adapterkit(words[1:], together=self.together)
         if words[0] in STAND_INS:
             fault = STAND_INS[words[0]](words[1:], self.folder)
             return (1, "", fault) if fault else (0, "", "")
@@ -148,13 +158,14 @@ def _changed(environment: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _adapterkit(arguments: list[str]) -> tuple[int, str, str]:
+def _adapterkit(arguments: list[str], *, together: bool) -> tuple[int, str, str]:
     import gc
     import signal
 
     from adapterkit.cli import main
 
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = out if together else io.StringIO()
     code: object = 0
     threshold, handler = gc.get_threshold(), signal.getsignal(signal.SIGTERM)
     try:
@@ -166,7 +177,7 @@ def _adapterkit(arguments: list[str]) -> tuple[int, str, str]:
         gc.set_threshold(*threshold)
         gc.unfreeze()
         signal.signal(signal.SIGTERM, handler)
-    return int(code or 0), out.getvalue(), err.getvalue()  # type: ignore[call-overload]
+    return int(code or 0), out.getvalue(), "" if together else err.getvalue()  # type: ignore[call-overload]
 
 
 def _understood(arguments: list[str]) -> tuple[int, str]:

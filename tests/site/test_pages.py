@@ -146,6 +146,20 @@ def oci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page that starts with `demo`: its training takes a few steps, and gpu1 serves its base."""
+    from stub_servers import Stub, running
+
+    from adapterkit.verbs import demo as made
+
+    train = made._train
+    monkeypatch.setattr(made, "_train", lambda *given, steps, rate: train(*given, steps=3, rate=rate))
+    with running(Stub("vllm", "demo/base")) as stub:
+        monkeypatch.setenv("http_proxy", stub.url)
+        yield
+
+
+@pytest.fixture
 def buckets(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The store of the pages: an S3 server on the loopback interface, with a base and an adapter."""
     from store_server import KEY, SECRET, client_of, serving, upload, weed
@@ -208,6 +222,8 @@ def test_every_command_of_a_page_runs(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if name == "docs/tutorials/first-half-hour.md":
+        request.getfixturevalue("demo")
     if name == "docs/stores.md":
         request.getfixturevalue("buckets")
     shell = Shell(folder, name)
