@@ -52,12 +52,27 @@ def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"did you mean '{close}'?" if close else otherwise or f"use {', '.join(words)}"
 
 
+# What other tools call our values.
+SAME: dict[str, tuple[str, ...]] = {
+    "f16": ("half", "fp16", "float16", "torch.float16", "16bit"),
+    "bf16": ("bfloat16", "torch.bfloat16", "bfloat"),
+    "f32": ("float", "float32", "fp32", "torch.float32", "single"),
+    "nf4": ("4bit", "bnb", "bitsandbytes", "merged-4bit", "merged-4bit-forced"),
+    "hf": ("huggingface", "transformers", "safetensors"),
+    "gguf-lora": ("lora-gguf",),
+}
+
+
 def most_like(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like another one; empty where none is near."""
+    """The known word that is meant: by the name that other tools have for it, or by its letters; empty where none is near."""
     import difflib
 
+    said = word.lower().replace("_", "-")
     words = {one.lower().replace("_", "-"): one for one in known}
-    close = difflib.get_close_matches(word.lower().replace("_", "-"), words, n=1)
+    meant = next((ours for ours, theirs in SAME.items() if said in theirs), "")
+    if meant in words:
+        return words[meant]
+    close = difflib.get_close_matches(said, words, n=1)
     return words[close[0]] if close else ""
 
 
@@ -74,6 +89,26 @@ def spelled(spelling: Callable[[str, object], str]) -> Iterator[None]:
         yield
     finally:
         _SPELLING.pop()
+
+
+# As above: who hears what is told while something runs. By Python alone nobody does.
+_HEARING: list[Callable[[str], None]] = []
+
+
+def tell(text: str) -> None:
+    """A line about what goes on now, such as why nothing seems to; no error, and no part of a result."""
+    if _HEARING:
+        _HEARING[-1](text)
+
+
+@contextmanager
+def heard(by: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, ``by`` gets each line that is told, from whichever thread."""
+    _HEARING.append(by)
+    try:
+        yield
+    finally:
+        _HEARING.pop()
 
 
 class AdapterkitError(Exception):

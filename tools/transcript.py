@@ -39,6 +39,8 @@ def written(page: str, shell: Shell) -> str:
     def shown(match: re.Match[str]) -> str:
         block = Block("sh", "", match[2], page.count("\n", 0, match.start()) + 2)
         printed = "".join(shell.output(block, line, command) for line, command in commands(block))
+        if re.search("^adapterkit ", printed, re.MULTILINE):  # commands that are told, and not run by the reader
+            printed = f"$ {match[2]}{printed}"
         return f"{match[1]}\n```text\n{printed}```\n"
 
     return SHOWN.sub(shown, page)

@@ -13,8 +13,7 @@ import click
 
 from adapterkit._version import __version__
 from adapterkit.cli.output import fail, form_of, interrupted, note, others_speak_through_us
-from adapterkit.errors import AdapterkitError, nearest, no_memory, out_of_memory, spelled
-from adapterkit.notices import heard
+from adapterkit.errors import AdapterkitError, heard, nearest, no_memory, out_of_memory, spelled
 from adapterkit.packages import lacking
 
 

@@ -44,7 +44,8 @@ def command(request: CheckRequest, form: str, report_file: Path | None, summary:
         show_json(report)
     elif form == "text":
         for finding in report.findings:
-            say(f"{finding.level}: {finding.adapter}: {finding.message}{'; ' + finding.hint if finding.hint else ''}")
+            where = "" if finding.message.startswith(finding.adapter) else f"{finding.adapter}: "
+            say(f"{finding.level}: {where}{finding.message}{'; ' + finding.hint if finding.hint else ''}")
         say(verdict)
     else:
         show_problems(problems_of(report), form)

@@ -41,10 +41,10 @@ class Choice(_Choice):
     """One of some words; of another, the sentence says which of them is meant."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        from adapterkit.cli.foreign import value_for
+        from adapterkit.errors import most_like
 
         said = super().get_invalid_choice_message(value, ctx)
-        meant = value_for(str(value), [str(one) for one in self.choices])
+        meant = most_like(str(value), [str(one) for one in self.choices])
         return f"{said.rstrip('.')}. Did you mean '{meant}'?" if meant else said
 
 

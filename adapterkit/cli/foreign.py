@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import click
-
-from adapterkit.errors import most_like
 
 # Verbs of PEFT, mergekit, llama.cpp, unsloth and of other command lines.
 VERBS: dict[str, tuple[str, ...]] = {
@@ -117,14 +113,6 @@ ADAPTERS = (
     "peft-model-id",
     "lora-weights",
 )
-VALUES: dict[str, tuple[str, ...]] = {
-    "f16": ("half", "fp16", "float16", "torch.float16", "16bit"),
-    "bf16": ("bfloat16", "torch.bfloat16", "bfloat"),
-    "f32": ("float", "float32", "fp32", "torch.float32", "single"),
-    "nf4": ("4bit", "bnb", "bitsandbytes", "merged-4bit", "merged-4bit-forced"),
-    "hf": ("huggingface", "transformers", "safetensors"),
-    "gguf-lora": ("lora-gguf",),
-}
 
 
 def command_for(word: str) -> str:
@@ -133,12 +121,6 @@ def command_for(word: str) -> str:
         return f"adapterkit --{word}"
     verb = _of(word.lower().replace("_", "-"), VERBS)
     return f"adapterkit {verb} --help" if verb else ""
-
-
-def value_for(word: str, known: Sequence[str]) -> str:
-    """Which of the known values is meant, by the name that other tools have for it or by its letters; empty for none."""
-    meant = _of(word.lower().replace("_", "-"), VALUES)
-    return meant if meant in known else most_like(word, known)
 
 
 def option_for(command: click.Command, name: str) -> str:

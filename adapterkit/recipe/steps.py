@@ -346,12 +346,16 @@ class _Maker:
             return Input((*place, "from"), asked.from_, place_of(self.file, output.path), asked.from_)
         if len(adapters) != 1:
             hint = 'name it, as in adapters = ["NAME"], or the output that it is converted from with from'
-            self.file.fail(place, f"{shown(place)} is a conversion of one adapter, and there are {len(adapters)}", hint)
+            there = f"there are {len(adapters)}" if adapters else "there is none"
+            self.file.fail(place, f"{shown(place)} is a conversion of one adapter, and {there}", hint)
         return adapters[0]
 
     def _output(self, place: Place, name: str) -> OutputTable:
         if name not in self.recipe.outputs:
-            self.file.fail(place, f"there is no output '{name}'", nearest(name, list(self.recipe.outputs)))
+            hint = nearest(name, list(self.recipe.outputs))
+            if "/" in name or (self.folder / name).exists():
+                hint = "from names an output of this recipe; what is there already is named with base or adapters"
+            self.file.fail(place, f"there is no output '{name}'", hint)
         return self.recipe.outputs[name]
 
     def _input(self, place: Place, ref: str, weight: float = 1.0) -> Input:

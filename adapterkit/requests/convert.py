@@ -21,7 +21,7 @@ from adapterkit.requests.groups import (
     Types,
     device_option,
 )
-from adapterkit.requests.merge import FEEDBACK, NEAREST, ON_CPU
+from adapterkit.requests.merge import FEEDBACK, NEAREST, ON_CPU, ROUNDING
 from adapterkit.requests.option import (
     BYTES,
     FLAG,
@@ -136,9 +136,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
         default=NEAREST,
         kw_only=True,
         metadata=opt(
-            "How values of a quantized folder are rounded: to the nearest, or with feedback (GPTQ's rule): the columns after "
-            "one make up for its error, by the layers' inputs on the text of --calibration.",
-            role=BYTES, group=OUTPUT, choices=(NEAREST, FEEDBACK), recipe="output.rounding",
+            ROUNDING, role=BYTES, group=OUTPUT, choices=(NEAREST, FEEDBACK), recipe="output.rounding",
         ),
     )  # fmt: skip
     compressor: Ref | None = field(

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 FOLDER, GGUF = "folder", "gguf"
 CALIBRATED = ("awq", "gptq")
 NEAREST, FEEDBACK = "nearest", "feedback"
+ROUNDING = (
+    "How values are put on the grid of a quantized folder: each to the nearest one, or with feedback (GPTQ's rule), which "
+    "makes up for each column's error in the columns after it, by what goes into the layers on the text of --calibration. "
+    "docs/quantized.md says for which formats a model was measured."
+)
 ON_CPU = "The record says what stays on the CPU all the same."
 
 
@@ -108,10 +113,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         default=NEAREST,
         kw_only=True,
         metadata=opt(
-            "How values are put on the grid of --quant: feedback makes up for each column's error in the columns after it "
-            "(GPTQ's rule), by what goes into the layers on the text of --calibration; docs/quantized.md says for which "
-            "formats a model was measured.",
-            role=BYTES, group=OUTPUT, choices=(NEAREST, FEEDBACK), recipe="output.rounding",
+            ROUNDING, role=BYTES, group=OUTPUT, choices=(NEAREST, FEEDBACK), recipe="output.rounding",
         ),
     )  # fmt: skip
     calibration: Ref | None = field(

@@ -10,7 +10,7 @@ from adapterkit.adapters.fold import Folded, fold
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import UsageError, most_like, option
 from adapterkit.ops.device import CPU
 from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, folder_formats, parse_floats
 from adapterkit.values import dataclass
@@ -134,6 +134,10 @@ def _is_gguf_type(quant: str | None) -> None:
     from adapterkit.gguf.filetypes import ALIASES, FILE_TYPES
 
     if quant is not None and quant.upper() not in {*FILE_TYPES, *ALIASES}:
+        meant = most_like(quant, ("f16", "bf16", "f32"))
+        if meant:
+            road = f"16 bits are written with {option('dtype', meant)}, and F16 or BF16 in an output like OUT.gguf"
+            raise UsageError(f"{quant!r} is no quantization of a folder", road)
         formats = ", ".join(folder_formats())
         raise UsageError(f"{quant!r} is no quantization", f"use {formats}; GGUF types are for an output like OUT.gguf")
 

@@ -117,7 +117,7 @@ class Resizing:
 
     def most(self, slot: Slot) -> int:
         """The largest rank that a layer can come out with, whatever its values."""
-        own = known_rank(self.family.parts[0].deltas[slot.parameter].change.how, ("lora", "adalora", "dora"))
+        own = known_rank(self.family.parts[0].deltas[slot.parameter].change.how, _RANKED)
         return min(self.request.rank or slot.largest_rank, own or slot.largest_rank, slot.largest_rank)
 
     def bound(self, slot: Slot) -> int:
@@ -162,6 +162,7 @@ class Resizing:
         )
 
 
+_RANKED = ("lora", "adalora", "dora")
 _STATED = ("rank", "energy", "max_error", "dtype")
 
 
@@ -175,6 +176,12 @@ def planned(request: ResizeRequest) -> Resizing:
         style=request.styled("diffusers"),
     )
     notes = [*family.notes, *check_rank(request.rank, request.energy, family.slots.values(), request.max_error)]
+    own = [known_rank(family.parts[0].deltas[name].change.how, _RANKED) for name in family.slots]
+    if request.rank is not None and own and all(own) and max(filter(None, own)) < request.rank:
+        ranks = f"rank {max(filter(None, own))} or less"
+        notes.append(
+            f"every layer has {ranks} already and keeps it: {option('rank', request.rank)} has nothing more to hold"
+        )
     carried(family)
     side_files(family.adapters, notes)
     return Resizing(request, family, tuple(notes))

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.cli import VERBS, app, foreign, main
 from adapterkit.cli.look import look
+from adapterkit.errors import UsageError
+from adapterkit.gguf.filetypes import file_type
 from adapterkit.requests import every
 from adapterkit.verbs.merge import merge
 
@@ -314,6 +316,11 @@ def test_a_quantization_that_is_none(here: Path, capsys: pytest.CaptureFixture[s
         assert code == 2
         assert f"'{word}' is no quantization; use " in err
         assert " nf4, " in err
+    for word, meant in (("half", "f16"), ("fp16", "f16"), ("bfloat16", "bf16")):
+        _, _, err = run(capsys, "merge", "base", "my adapter", "-o", "out", "--quant", word)
+        assert f"'{word}' is no quantization of a folder; 16 bits are written with --dtype {meant}," in err
+        with pytest.raises(UsageError, match=f"'{word}' is no quantization; did you mean '{meant.upper()}'"):
+            file_type(word)
     for word in ("Q4_K_M", "q4_k"):
         assert (
             "name the output like OUT.gguf"

@@ -16,7 +16,7 @@ from models import plain_adapter, plain_base
 
 from adapterkit.cli import main
 from adapterkit.cli.output import Progress, fail, note
-from adapterkit.notices import tell
+from adapterkit.errors import tell
 
 
 @pytest.fixture

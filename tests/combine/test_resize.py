@@ -42,6 +42,14 @@ def test_every_layer_is_the_best_of_its_rank(bound: dict[str, float], tmp_path: 
         assert (dense(tmp_path / "out", name, 1.0) - best).norm() / best.norm() < 1e-5
 
 
+@pytest.mark.parametrize(("rank", "said"), [(6, True), (4, False), (2, False)])
+def test_a_rank_that_no_layer_has_is_said_to_change_nothing(rank: int, said: bool, tmp_path: Path) -> None:
+    adapter = plain_adapter(tmp_path / "a", plain_base(tmp_path / "base"))
+    report = resize(adapter, tmp_path / "out", rank=rank)
+    assert any("every layer has rank 4 or less already and keeps it" in note for note in report.notes) == said
+    assert {row.rank for row in report.modules} == {min(rank, 4)}
+
+
 @pytest.mark.parametrize("kind", ["dora", "dora embedding", "biases"])
 def test_a_rank_that_is_large_enough_changes_nothing(kind: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("qwen2")

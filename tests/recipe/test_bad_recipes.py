@@ -104,6 +104,12 @@ WRONG: dict[str, tuple[str, int, str, str]] = {
         "there is no output 'merge'",
         "did you mean 'merged'?",
     ),
+    "a_path_for_an_output": (
+        GOOD + 'gguf = {path = "y.gguf", from = "./base"}\n',
+        8,
+        "there is no output './base'",
+        "what is there already is named with base or adapters",
+    ),
     "neither": (GOOD.replace('"style"', "{weight = 2.0}"), 4, "neither ref nor from", "give one"),
     "both": (GOOD.replace('"style"', '{ref = "style", from = "merged"}'), 4, "both a ref and", "give one"),
     "not_an_adapter": (GOOD.replace('"style"', '{from = "merged"}'), 4, "makes a folder, not an adapter", "adapter"),

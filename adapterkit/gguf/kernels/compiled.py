@@ -11,10 +11,10 @@ import numpy as np
 from numba import njit
 from numba.core import event
 
+from adapterkit.errors import tell
 from adapterkit.gguf.kernels import simd
 from adapterkit.gguf.kernels.lanes import at, bits, largest_lane, select, shared
 from adapterkit.gguf.kernels.layouts import LAYOUTS
-from adapterkit.notices import tell
 
 LANES = simd.LANES
 _SOURCES = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
