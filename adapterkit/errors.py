@@ -58,7 +58,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "bf16": ("bfloat16", "torch.bfloat16", "bfloat"),
     "f32": ("float", "float32", "fp32", "torch.float32", "single"),
     "nf4": ("4bit", "bnb", "bitsandbytes", "merged-4bit", "merged-4bit-forced"),
-    "hf": ("huggingface", "transformers", "safetensors"),
+    "hf": ("huggingface", "transformers"),
     "gguf-lora": ("lora-gguf",),
 }
 
