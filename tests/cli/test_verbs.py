@@ -294,7 +294,7 @@ def test_check_for_servers(capsys: pytest.CaptureFixture[str], base: Path, adapt
         (
             ["merge", "{base}", "{adapter}", "-o", "{tmp}/o", "--weight", "1", "--weight", "2"],
             2,
-            "2 weights for 1 adapters",
+            "2 weights for 1 adapter",
         ),
         (["merge", "{base}", "{adapter}", "-o", "{tmp}/o", "--max-shard-size", "large"], 2, "not a size"),
         (["merge", "{tmp}/nowhere", "{adapter}", "-o", "{tmp}/o"], 7, "does not exist"),

@@ -158,7 +158,7 @@ def test_factors_that_are_none(b: torch.Tensor, a: torch.Tensor, says: str) -> N
 def test_shapes_must_agree() -> None:
     with pytest.raises(AdapterError, match="different shapes"):
         stack([adapter(4, 4, 1, 0), adapter(4, 5, 1, 0)])
-    with pytest.raises(UsageError, match="2 weights were given for 1 adapters"):
+    with pytest.raises(UsageError, match="2 weights were given for 1 adapter"):
         stack([adapter(4, 4, 1, 0)], [1, 2])
 
 

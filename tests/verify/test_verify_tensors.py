@@ -319,7 +319,7 @@ def test_another_encoding_of_the_same_values_is_as_good(tmp_path: Path) -> None:
         ({"level": "deep"}, "is not a value of level"),
         ({"max_kl": 0.1, "level": "tensors"}, "--max-kl needs the models to answer"),
         ({"wieghts": [1.0]}, "no option 'wieghts'; did you mean 'weights'"),
-        ({"weights": [1.0, 2.0]}, "2 weights for 1 adapters"),
+        ({"weights": [1.0, 2.0]}, "2 weights for 1 adapter"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str, made: tuple[Path, Path, Path]) -> None:
