@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
+# What runs here starts hundreds of Pythons that import torch. Where none may keep its bytecode, each compiles it anew (7 s).
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-slow fuzz lint bench docs dist release-check bench-compare clean
 
 # Python compiles what is imported; to compile all of torch and transformers at once takes longer than the demo.
