@@ -98,6 +98,7 @@ class Change:
         memory: bytes that the kernel holds.
         replaced: the tensor that takes the place of W, when that is all that the change does.
         stored: the one tensor of the adapter that holds the change, when one does.
+        some_rows: whether rows of ``stored`` take the place of some rows of W, and that is all that the change does.
         factors: for a plain low-rank change its two factors as stored, each with whether it is stored transposed,
             and ``scale``.
         composes: how it goes together with another adapter's change of the same parameter; see
@@ -110,6 +111,7 @@ class Change:
     memory: int
     replaced: Tensor | None = None
     stored: Tensor | None = None
+    some_rows: bool = False
     factors: tuple[tuple[Tensor, bool], ...] = ()
     scale: float = 1.0
     composes: Composition = SUM

@@ -225,13 +225,9 @@ def _for_both(item: Weighted, rivals: Sequence[Weighted]) -> bool:
         return True
     if item.adapter.whole:
         return not rivals
-    if _are_rows(item):
-        return not any(_are_rows(e) or e.edit.change.replaced is not None for e in rivals)
+    if item.edit.change.some_rows:
+        return not any(e.edit.change.some_rows or e.edit.change.replaced is not None for e in rivals)
     return not rivals and _kept_tied(item)
-
-
-def _are_rows(item: Weighted) -> bool:
-    return item.edit.change.how.endswith("token rows replaced")
 
 
 def _kept_tied(item: Weighted) -> bool:

@@ -47,6 +47,7 @@ def token_change(indices: list[int], rows: Tensor) -> Change:
         rows.nbytes,
         rows.numel * 4,
         stored=rows,
+        some_rows=True,
     )
 
 
