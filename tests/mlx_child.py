@@ -45,8 +45,9 @@ class MlxChild:
         line = json.dumps([script, ["-c", *map(str, arguments)]])
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], 120)
-        assert ready, "mlx-lm's process says nothing"
+        waiting = select.poll()  # `select` takes no descriptor above 1,023
+        waiting.register(self._process.stdout, select.POLLIN | select.POLLHUP)
+        assert waiting.poll(900_000), "mlx-lm's process says nothing"
         answer = self._process.stdout.readline()
         if not answer:
             self._errors.seek(0)

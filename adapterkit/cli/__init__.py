@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import signal
@@ -259,9 +258,6 @@ def main(arguments: list[str] | None = None) -> Any:
     asked = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, asked if callable(asked) else signal.default_int_handler)
     others_speak_through_us()
-    # torch is a million small objects that all live on, and a plan of 92,000 tensors is several: to look through them for
-    # circles again and again took a third of the time of a plan, and 60 ms of an import.
-    gc.set_threshold(1_000_000, 50, 100)
     # Importing numpy starts the threads of OpenBLAS, and each spins for 2^26 ticks before it sleeps: a tenth of a second of
     # every core, for a library that is hardly used. 2^4 is its least.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
@@ -282,7 +278,6 @@ def _run(given: list[str]) -> Any:
     debug = "--debug" in given
     try:
         code = app.main(args=given, prog_name="adapterkit", standalone_mode=False, obj=tuple(given))
-        gc.freeze()  # nor is there anything to find at the end
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
         sys.exit(interrupted(given))

@@ -45,7 +45,7 @@ def command(port: int | None, open_: bool, as_json: bool) -> None:
 
             if not webbrowser.open(server.url):
                 note("no browser could be opened; go to the address yourself")
-        # What lives long must look for garbage more often than a verb that builds a plan (see `adapterkit.cli.main`).
+        # What lives long must look for garbage more often than a verb that builds a plan (see `adapterkit.cli.ending.run`).
         gc.set_threshold(1_000, 10, 10)
         try:
             server.serve_forever()

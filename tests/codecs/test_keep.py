@@ -325,7 +325,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         main([*how, "--keep-touched", "bf16", "--json"])
     assert not ended.value.code
     found = json.loads(capsys.readouterr().out)
-    assert any("left it and are bf16" in note for note in found["notes"])
+    assert any("left it and is bf16" in note for note in found["notes"])
     assert TOUCHED in json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
 
 

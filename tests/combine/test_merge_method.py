@@ -215,9 +215,9 @@ def test_values_for_another_number_of_adapters_are_refused_when_planned(
     adapters = _some(base, tmp_path)
     for given in ({"density": [0.1, 0.2, 0.3]}, {"weight": [1.0]}):
         name, values = next(iter(given.items()))
-        with pytest.raises(UsageError, match=f"{len(values)} values of {name} for 2 adapters"):
+        with pytest.raises(UsageError, match=f"{len(values)} values? of {name} for 2 adapters"):
             merge(base, adapters, tmp_path / "out", method="ties", parameters=given, dry_run=True)
-        with pytest.raises(UsageError, match=f"{len(values)} values of {name} for 2 adapters"):
+        with pytest.raises(UsageError, match=f"{len(values)} values? of {name} for 2 adapters"):
             combine(adapters, tmp_path / "out", method="ties", parameters=given, rank=4, dry_run=True)
     with pytest.raises(UsageError, match="looks at the base's own values"):
         combine(adapters[:1], tmp_path / "out", method="slerp-weights", rank=4, dry_run=True)

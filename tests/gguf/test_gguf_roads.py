@@ -122,7 +122,7 @@ def test_norms_of_a_lora_file_are_said(tmp_path: Path) -> None:
         convert(file, tmp_path / "back", to="peft", base=hf),
         adapterkit.combine([file, adapter], tmp_path / "c", base=hf),
     ):
-        assert any("1 norms of the file, as 'blk.0.attn_norm.weight'" in note for note in report.notes)
+        assert any("1 norm of the file, as 'blk.0.attn_norm.weight'" in note for note in report.notes)
 
 
 def test_adapters_are_combined_on_a_gguf_base(tmp_path: Path) -> None:

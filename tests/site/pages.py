@@ -159,7 +159,6 @@ def _changed(environment: dict[str, str]) -> Iterator[None]:
 
 
 def _adapterkit(arguments: list[str], *, together: bool) -> tuple[int, str, str]:
-    import gc
     import signal
 
     from adapterkit.cli import main
@@ -167,15 +166,13 @@ def _adapterkit(arguments: list[str], *, together: bool) -> tuple[int, str, str]
     out = io.StringIO()
     err = out if together else io.StringIO()
     code: object = 0
-    threshold, handler = gc.get_threshold(), signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main(arguments)
     except SystemExit as stopped:
         code = stopped.code
     finally:
-        gc.set_threshold(*threshold)
-        gc.unfreeze()
         signal.signal(signal.SIGTERM, handler)
     return int(code or 0), out.getvalue(), "" if together else err.getvalue()  # type: ignore[call-overload]
 
