@@ -22,7 +22,8 @@ from adapterkit.ops.threads import OneAtATime
 if TYPE_CHECKING:
     from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.plan import PlannedFile
-    from adapterkit.checkpoint.store_out import FileUpload, StoreOut
+    from adapterkit.checkpoint.store_out import StoreOut
+    from adapterkit.checkpoint.store_uploads import FileUpload
 
 _JOBS = 8  # worker threads where nobody says how many: they wait for the store more than they compute
 
@@ -58,7 +59,7 @@ class StoreSink(Sink):
         expect(self._plan, named, self._sources.values(), self._made.copied(named))
         queues = []
         for one in parts:
-            made, found = self._made.schedule(one.file), self._made.begun(one.file)
+            made, found = self._made.schedule(one.file), self._made.uploads.begun(one.file)
             begin = made.of_range(one.start, one.stop)
             self._expect_bytes(made, begin, found)
             nbytes = sum(part.nbytes for part in begin)
@@ -100,11 +101,11 @@ class StoreSink(Sink):
         try:
             return self._do(file, part, sent)
         except BaseException as error:
-            self._made.give_up(file, error)
+            self._made.uploads.give_up(file, error)
             raise
 
     def _do(self, file: PlannedFile, part: ObjectPart, sent: Sequence[int]) -> int:
-        upload = self._made.upload(file)
+        upload = self._made.uploads.upload(file)
         if upload.assembly is None:
             return part.nbytes  # another worker made the file meanwhile
         upload.assembly.expect([number for number in sent if number not in upload.held])

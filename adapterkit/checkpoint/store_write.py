@@ -103,8 +103,8 @@ def send_part(made: StoreOut, part: PlanPart, *, jobs: int | None = None, progre
 
 def parts_left(made: StoreOut, parts: Sequence[PlanPart]) -> list[PlanPart]:
     """Of some parts of a plan, those whose bytes are not all in the store."""
-    made.look()
-    missing = {file.name: set(made.missing(file)) for file in made.plan.files}
+    made.uploads.look()
+    missing = {file.name: set(made.uploads.missing(file)) for file in made.plan.files}
     return [
         part
         for part in parts

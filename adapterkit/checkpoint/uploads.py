@@ -3,7 +3,7 @@
 What a run may leave, from the code that makes it:
 
 * an upload (S3), or objects below ``.NAME.partial.parts/`` (Google, the Hub), see each store's `begin`;
-* ``.NAME.partial/claim.json`` and ``.NAME.partial/FILE.….upload``, see `adapterkit.checkpoint.store_out`;
+* ``.NAME.partial/claim.json`` and ``.NAME.partial/FILE.….upload``, see `adapterkit.checkpoint.store_claim`;
 * ``.NAME.results-…/``, the results of parts, and what a run of those leaves (``..NAME.results-….partial/``), see
   `adapterkit.verbs.execute.OpenPlan.place`;
 * files of an output that have their names already, of a run that was killed at its very end. These are named and stay, with
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 
 from adapterkit.checkpoint.header import parse_header
-from adapterkit.checkpoint.store_out import CLAIM, FINISHING, NOTE, note_says
+from adapterkit.checkpoint.store_claim import CLAIM, FINISHING, note_says
+from adapterkit.checkpoint.store_uploads import NOTE
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.places import Address, address_of
 from adapterkit.stores.connect import open_store

@@ -126,7 +126,7 @@ class OpenPlan:
         final = self._final().in_store()
         claimed = final.claimed()
         if claimed is None:
-            words = f"{final.changed_here()} changed since {self.out} was begun"
+            words = f"{final.claim.changed_here()} changed since {self.out} was begun"
             raise OutputError(words, f"begin anew with {option('force', True)}")
         return claimed
 

@@ -145,7 +145,7 @@ def _identity(checkpoint: Checkpoint, held: Mapping[str, int] | None = None) -> 
 
 def _claimed(made: StoreOut) -> Moved:
     """What keeps two runs apart, and is taken away at the end."""
-    said = len(made.claim())
+    said = len(made.claim.says())
     again = 0 if made.store.conditions is not None else 1
     replaced = 0
     if made.force:

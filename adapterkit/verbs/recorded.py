@@ -30,7 +30,7 @@ def is_recorded(job: Job) -> bool:
     from adapterkit.registry.beside import parse_beside
 
     assert job.out is not None
-    there = job.in_store().listing() if isinstance(job.out, Address) else _listed(job.out)
+    there = job.in_store().place.listing() if isinstance(job.out, Address) else _listed(job.out)
     if job.alike is not None:
         if not isinstance(there, Listing) or job.out.name not in there.names:
             return False
@@ -57,7 +57,7 @@ def _bytes(record: Record) -> set[tuple[int, str]]:
 
 def _record_of(job: Job) -> bytes | None:
     if isinstance(job.out, Address):
-        return job.in_store().recorded()
+        return job.in_store().place.recorded()
     assert job.out is not None
     try:
         return read_regular(job.out / RECORD if job.out.is_dir() else named_beside(job.out, RECORD), RECORD_BYTES)

@@ -238,12 +238,11 @@ def _bucket_listing(data: bytes, place: Path) -> object:
 
 
 def _claim(data: bytes, place: Path) -> object:
-    from adapterkit.checkpoint.store_out import StoreOut
+    from adapterkit.checkpoint.store_claim import note_says
     from adapterkit.stores.store import StoredObject
 
-    made: Any = object.__new__(StoreOut)
-    made.store = _Objects(data)
-    return made._read_claim(StoredObject("x", len(data), "e"))
+    held: Any = _Objects(data)
+    return note_says(held, StoredObject("x", len(data), "e"))
 
 
 # ------------------------------------------------------------------ files of other tools

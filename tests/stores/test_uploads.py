@@ -14,7 +14,8 @@ from store_server import Asked, Proxy, client_of, download
 
 import adapterkit
 from adapterkit.checkpoint.plan import PlannedFile
-from adapterkit.checkpoint.store_out import FileUpload, StoreOut
+from adapterkit.checkpoint.store_out import StoreOut
+from adapterkit.checkpoint.store_uploads import FileUpload, Uploads
 from adapterkit.checkpoint.uploads import sweep_uploads
 from adapterkit.errors import UsageError
 
@@ -64,18 +65,18 @@ def test_an_upload_that_a_killed_run_could_not_note_is_ended(
     out = f"s3://models/{place}/out"
     client = client_of(s3.server)
     client.create_multipart_upload(Bucket="models", Key=f"{place}/outside/x.safetensors")  # of somebody else
-    put = StoreOut._new
+    put = Uploads._new
 
-    def killed(self: StoreOut, file: PlannedFile) -> FileUpload:
+    def killed(self: Uploads, file: PlannedFile) -> FileUpload:
         self.store.begin(self.targets[file.name], {}, self.work)
         raise SystemExit
 
-    monkeypatch.setattr(StoreOut, "_new", killed)
+    monkeypatch.setattr(Uploads, "_new", killed)
     monkeypatch.setattr(StoreOut, "abandon", lambda self: None)
     with pytest.raises(SystemExit):
         adapterkit.merge(base, adapter, out, resume=True, jobs=1)
     assert open_uploads(s3, place) > 1
-    monkeypatch.setattr(StoreOut, "_new", put)
+    monkeypatch.setattr(Uploads, "_new", put)
     adapterkit.merge(base, adapter, out, resume=True, jobs=1)
     left = client.list_multipart_uploads(Bucket="models", Prefix=f"{place}/")["Uploads"]
     assert [one["Key"] for one in left] == [f"{place}/outside/x.safetensors"]
