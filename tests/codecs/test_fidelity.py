@@ -300,3 +300,17 @@ def test_importance_weighs_the_columns_of_an_error() -> None:
     wanted = (((0.1 * e) ** 2 * by).sum() / (d**2 * by).sum()).sqrt().item()
     assert (sums + FidelitySums()).weighed_error == pytest.approx(wanted, rel=1e-4)
     assert FidelitySums().weighed_error is None
+
+
+def test_the_sums_of_a_block_do_not_depend_on_the_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, d, e = (torch.randn(512, 512, generator=generator) for _ in range(3))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(block_sums(w, w + d, w + d + e, error=True, importance=w[0].square()))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]

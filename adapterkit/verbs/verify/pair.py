@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.merged import Merged
 from adapterkit.errors import UsageError, option
-from adapterkit.ops.threads import SMALL
+from adapterkit.ops.threads import SMALL, one_thread
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.residual_of import residual_path
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, TensorCheck
@@ -143,7 +143,8 @@ def _measured(item: Item, pair: Tensor) -> tuple[FidelitySums, float]:
         there = pair.read_wide(start, stop)
         sums += block_sums(base, wanted, there, error=True)
         alone = item.values.read_wide(start, stop)
-        off += float((alone.double() - wanted.double()).square().sum())
+        with one_thread():
+            off += float((alone.double() - wanted.double()).square().sum())
     for tensor in (item.floats, item.values, pair):
         tensor.release()
     return sums, off
