@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import adapterkit
 from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.checkpoint.plan import Plan
 from adapterkit.errors import (
     AdapterkitError,
     AuthError,
@@ -132,6 +133,27 @@ def test_merge_from_the_hub(hub: Hub, base: Path, adapter: Path, tmp_path: Path)
     before = len(hub.calls)
     adapterkit.merge("org/base", ["org/adapter"], tmp_path / "again")
     assert not any("/storage/" in call.path for call in hub.calls[before:])  # all of it was in the cache
+
+
+def test_a_plan_made_from_headers_is_executed_from_a_download(
+    hub: Hub, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The commit tells of the values, so the plan knows a file by the same words whether it was downloaded or not."""
+    hub.add("org/base", base)
+    hub.add("me/adapter", adapter)
+    adapterkit.merge(base, adapter, tmp_path / "local")
+    adapterkit.merge("org/base", "me/adapter", save_plan=tmp_path / "plan.json")
+    plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
+    for part in range(len(plan.files)):
+        adapterkit.execute(plan, tmp_path / "parts", part=part)
+    adapterkit.execute(plan, tmp_path / "parts")
+    made, want = read_tensors(tmp_path / "parts"), read_tensors(tmp_path / "local")
+    assert made.keys() == want.keys()
+    assert all(torch.equal(made[name], want[name]) for name in want)
+    (base / "README.md").write_text("another commit\n")
+    hub.add("org/base", base)
+    with pytest.raises(CheckpointError, match=r"org/base/model-.* changed since the plan was made"):
+        adapterkit.execute(plan, tmp_path / "other", part=0)
 
 
 def test_what_is_trained_beside_an_adapter_comes_from_the_hub_too(

@@ -38,6 +38,7 @@ class Source(ABC):
     path: Path | None = None
     loose: bool = False  # the user named the file itself, so its folder is nobody's
     version: str = ""  # of an object in a store: the ETag that every request asks for
+    commit: str = ""  # of a file of the Hub
     trained: bool = False  # an adapter's, so a plan knows all its values; see `adapterkit.checkpoint.values`
     beside: Sequence[FirstSeen | Source] = ()  # of a weight file: the small files that were read with it
     stored_at: Address | None = None  # where a store has the same bytes, which it may copy by itself

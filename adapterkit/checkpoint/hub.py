@@ -257,7 +257,7 @@ class _There:
     """The files of a repository at a commit, as the Hub's store of bytes has them."""
 
     def __init__(self, ref: HubRef, commit: str, names: Iterable[str], shown: str) -> None:
-        self._ref, self._commit, self._names, self._shown = ref, commit, frozenset(names), shown
+        self._ref, self.commit, self._names, self._shown = ref, commit, frozenset(names), shown
         self._hashes: dict[str, str] = {}
 
     def address(self, name: str) -> Address:
@@ -272,7 +272,7 @@ class _There:
         if address.key not in self._hashes:
             wanted = {address.key, *(self.address(name).key for name in self._names if name.endswith(_WEIGHTS))}
             with hub_errors(self._shown):
-                found = hf.HfApi().get_paths_info(self._ref.repo, sorted(wanted), revision=self._commit)
+                found = hf.HfApi().get_paths_info(self._ref.repo, sorted(wanted), revision=self.commit)
             hashes = {one.path: str(getattr(one, "xet_hash", None) or "") for one in found}
             self._hashes = {**dict.fromkeys(wanted, ""), **hashes}
         return self._hashes[address.key]
@@ -283,7 +283,7 @@ class _HubCopy(LocalFile):
 
     def __init__(self, there: _There, path: Path, shown: str, name: str) -> None:
         super().__init__(path, shown)
-        self.stored_at, self._there = there.address(name), there
+        self.stored_at, self._there, self.commit = there.address(name), there, there.commit
 
     def stored_as(self) -> str:
         return "" if self.stored_at is None else self._there.hash(self.stored_at)
@@ -356,6 +356,7 @@ class HubFile(Source):
     ) -> None:
         self.url, self.name, self.path, self._there, self.beside = url, name, None, there, beside
         self.stored_at = None if there is None else there.address(own)
+        self.commit = "" if there is None else there.commit
         self._head, self.size = self._range(0, FIRST_BYTES)
 
     def _range(self, offset: int, length: int) -> tuple[bytes, int]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 MOST_PLAN = 1 << 30  # bytes of a saved plan
-FORMAT = 3  # of the plan file
+FORMAT = 4  # of the plan file
 BASELINE_MEMORY = 260_000_000  # bytes: python, torch and its libraries, as measured on Linux x86-64
 WORKER_MEMORY = 16_000_000  # bytes: block buffers of one worker thread
 

@@ -3,7 +3,7 @@
 A fingerprint holds the header, and a model that was trained further has the same one. An adapter is small, so all its bytes
 are hashed. A base is not, so pieces of each file are: they tell of a base that was trained further, and need not tell of a
 single value. XXH3-128 tells files apart that were made apart; it is not meant to stop someone who makes two alike on purpose.
-An object in a store is known by its ETag, and a file of the Hub by its commit; this asks nothing of them.
+An object in a store is known by its ETag, and a file of the Hub by its commit, downloaded or not; nothing of them is hashed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adapterkit.checkpoint.files import LocalFile, Source, fingerprint
 if TYPE_CHECKING:
     from pathlib import Path
 
-WHOLE, PIECES = "all", "some"  # of a file, what was hashed
+WHOLE, PIECES, COMMIT = "all", "some", "commit"  # of a file, what was hashed, or whose it is on the Hub
 COUNT, PIECE = 16, 4096  # pieces of a file, and bytes of one
 BLOCK = 4 << 20
 
@@ -31,8 +31,9 @@ def known_by(source: Source, header: str | None = None) -> str:
         CheckpointError: the file changed since it was opened.
     """
     said = fingerprint(source) if header is None else header
-    kind = WHOLE if source.trained else PIECES
-    return f"{said}:{_values(source, kind)}" if _is_here(source) and said.count(":") == 1 else said
+    kind = COMMIT if source.commit else WHOLE if source.trained else PIECES
+    values = _values(source, kind) if said.count(":") == 1 else ""
+    return f"{said}:{values}" if values else said
 
 
 def is_planned(source: Source, said: str) -> bool:
@@ -45,17 +46,17 @@ def is_planned(source: Source, said: str) -> bool:
         return said.startswith(f"{source.size}:") and said.endswith(f":{source.version}")
     header, _, values = said.rpartition(":")
     kind = values.partition("=")[0]
-    if kind not in (WHOLE, PIECES):
+    if kind not in (WHOLE, PIECES, COMMIT):
         return fingerprint(source) == said
-    return fingerprint(source) == header and _is_here(source) and _values(source, kind) == values
-
-
-def _is_here(source: Source) -> bool:
-    return source.path is not None and not source.version
+    return fingerprint(source) == header and _values(source, kind) == values
 
 
 def _values(source: Source, kind: str) -> str:
-    assert source.path is not None
+    """What the values are known by; nothing where nothing tells of them."""
+    if kind == COMMIT:
+        return f"{kind}={source.commit}"
+    if source.path is None or source.version:
+        return ""
     found = _hash(source.path, LocalFile(source.path).seen.state, kind)
     source.check_unchanged()  # what was hashed is what was opened
     return f"{kind}={found}"

@@ -115,8 +115,8 @@ class OpenPlan:
         return made
 
     def _are_ours(self, results: StoreOut) -> bool:
-        """Whether results that are there as one object are of the inputs as they are now. The plan knows inputs on a machine by
-        their headers alone; so the output is claimed before its results are gathered, with the state of these inputs.
+        """Whether results that are there as one object are of the inputs as they are now. The plan does not know every value of
+        inputs on a machine; so the output is claimed before its results are gathered, with the state of these inputs.
 
         Raises:
             OutputError: an input here changed since; it is named.

@@ -121,6 +121,13 @@ def test_what_is_no_plan(text: str) -> None:
         Plan.from_json(text)
 
 
+def test_a_plan_that_knows_less_of_its_inputs_is_refused_by_its_format(merge_of: tuple[Path, Path]) -> None:
+    """Formats before 4 say nothing of values. Nothing changed, so the error must not say that an input did."""
+    data = json.loads(plan_merge(merge_of[0], [merge_of[1]]).plan.to_json())
+    with pytest.raises(CheckpointError, match="the plan has format 3, not 4; make it again"):
+        Plan.from_json(json.dumps({**data, "format": 3}))
+
+
 def test_plan_that_writes_elsewhere(merge_of: tuple[Path, Path]) -> None:
     data = json.loads(plan_merge(merge_of[0], [merge_of[1]]).plan.to_json())
     data["files"][0]["name"] = "../../escaped.safetensors"
