@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import click
 
 from adapterkit._version import __version__
-from adapterkit.cli.output import fail, form_of, interrupted, note, others_speak_through_us
+from adapterkit.cli.output import fail, form_of, interrupted, note, others_speak_through_us, unheard
 from adapterkit.errors import AdapterkitError, heard, nearest, no_memory, out_of_memory, spelled
 from adapterkit.packages import lacking
 
@@ -217,6 +217,19 @@ class Verbs(click.Group):
             ctx.fail(f"No such command '{args[0]}'. {hint[0].upper()}{hint[1:]}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb. click ends with code 1 and no word on every pipe that breaks, which is right for our own output alone.
+
+        Raises:
+            ConnectionError: a pipe or a connection of another kind broke.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if unheard():
+                raise
+            raise ConnectionError(str(error)) from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         longest = max(map(len, VERBS))
         for group, verbs in GROUPS.items():
@@ -292,8 +305,6 @@ def _run(given: list[str]) -> Any:
         if debug:
             raise
         sys.exit(fail(given, error.exit_code, type(error).__name__, error.message, error.hint, error.place))
-    except BrokenPipeError:
-        sys.exit(0)
     except Exception as error:
         if debug:
             raise

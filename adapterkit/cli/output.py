@@ -135,6 +135,26 @@ def interrupted(arguments: list[str]) -> int:
     return fail(arguments, 130, "interrupted", "interrupted", kept)
 
 
+def unheard() -> bool:
+    """Whether nobody reads our output any more: the other end of a pipe is closed."""
+    import select
+
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()  # what could not be written is written again
+            number = stream.fileno()
+        except BrokenPipeError:
+            return True
+        except (AttributeError, OSError, ValueError):
+            continue  # there is none, or it is no file
+        if hasattr(select, "poll"):  # Windows has none
+            poll = select.poll()
+            poll.register(number, 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                return True
+    return False
+
+
 def size(nbytes: float) -> str:
     """``1.23 GB``"""
     for unit in ("B", "kB", "MB", "GB"):

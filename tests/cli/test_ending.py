@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from adapterkit.cli import app
+from adapterkit.cli import app, main
 from adapterkit.errors import NotFound
 
 # A command line of its own behind the program: what is in `main` is what a verb would do. torch counts as imported.
@@ -105,6 +106,35 @@ def test_a_reader_that_is_gone_is_told_of_as_always() -> None:
         ends.append((done.returncode, "BrokenPipeError" in done.stderr))
     assert ends[0] == ends[1]
     assert ends[0][0] != 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe whose reader is gone")
+@pytest.mark.parametrize("more", [(), ("-u",)])
+def test_a_verb_whose_reader_is_gone_did_not_do_what_was_asked(more: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = (
+        "import click; from adapterkit import cli\n"
+        "cli.Verbs.get_command = lambda *_: click.Command('list', callback=lambda: click.echo('found'))\n"
+        "cli.main(['list'])"
+    )
+    done = subprocess.run([sys.executable, *more, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_another_pipe_that_breaks_is_an_error_with_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def verb() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("adapterkit.cli.Verbs.get_command", lambda *_: verb)
+    with pytest.raises(SystemExit) as ended:
+        main(["list"])
+    assert ended.value.code == 1
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 def test_the_program_is_the_command_and_the_module() -> None:
