@@ -11,7 +11,7 @@ import click
 
 from adapterkit.cli.output import command_line, note
 from adapterkit.cli.paths import FILE_THERE
-from adapterkit.errors import AuthError, UsageError, option
+from adapterkit.errors import AuthError, StoreError, UsageError, option
 from adapterkit.places import address_of
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ def deliver(
 
         try:
             found = into(report, report.merged, page=page.encode())
-        except AuthError as error:
+        except (AuthError, StoreError) as error:
             if attach or not there:
                 raise
-            # Who may read a bucket may often not write to it, and nobody asked for this by name.
+            # Who may read a bucket may often not write to it. Nobody asked for this by name, and the result is yet to be shown.
             note(f"the figures are not in the record of {report.merged}: {error.message}")
             return
         if found.new:

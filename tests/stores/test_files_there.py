@@ -140,6 +140,9 @@ def test_plans_reports_and_pages_are_written_to_a_store_and_read_from_it(s3: Pro
     code, said = run(*checked)  # who may only read, and did not ask for it, hears of it
     assert (code, "the figures are not in the record of" in said) == (0, True)
     assert run(*checked, "--attach")[0] == 4
+    s3.rule = lambda asked: (405, "MethodNotAllowed") if (asked.method, asked.path) == ("PUT", key) else None
+    code, said = run(*checked)  # whatever word it refuses by
+    assert (code, "the figures are not in the record of" in said) == (0, True)
     s3.rule = None
     assert run(*checked, "--no-attach")[0] == 0
     assert "verification" not in json.loads(got(s3, f"{there}/by-plan/adapterkit.json")).get("evidence", {})
