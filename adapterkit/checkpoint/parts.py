@@ -93,8 +93,7 @@ def write_part(
         states = states_here(sources)
         state = identity_of(plan, states)
         name = _inputs_name(socket.gethostname(), state)
-        if read_inside(folder, name) is None:
-            write_inside(folder, name, json.dumps(states).encode())
+        _say_first(folder, name, json.dumps(states).encode())
         _check_here(plan, folder, state)
         journal = Journal(folder, state, f".journal.{part.name}.jsonl")
         sink = Sink(
@@ -133,12 +132,17 @@ def claimed(plan: Plan, out: Path) -> Iterator[Path]:
 
 def _claim(folder: Path, plan: Plan) -> bool:
     """Whether the parts in a hidden folder are those of this plan; the first that comes says so."""
+    return _say_first(folder, CLAIM, plan.digest.encode()) or _said(folder) == plan.digest.encode()
+
+
+def _say_first(folder: Path, name: str, data: bytes) -> bool:
+    """Write a small file that all workers have one name for, and may write at one moment; False where it was there."""
     try:
-        fd = open_inside(folder, CLAIM, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        fd = open_inside(folder, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
-        return _said(folder) == plan.digest.encode()
+        return False
     try:
-        write_all(fd, plan.digest.encode())
+        write_all(fd, data)
     finally:
         os.close(fd)
     return True

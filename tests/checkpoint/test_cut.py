@@ -225,6 +225,23 @@ def test_parts_of_a_base_that_changed_in_between_are_refused(
     assert read_bytes(out) == read_bytes(tmp_path / "whole")
 
 
+def test_workers_that_begin_at_one_moment_keep_the_first_note_of_their_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have one name for it, so one that took another's away would make a third fail. Here another wrote it in between."""
+    from adapterkit.checkpoint import parts
+
+    base, adapter, _ = _folder(tmp_path)
+    plan, out = plan_merge(base, [adapter]).plan, tmp_path / "out"
+    adapterkit.execute(plan, out, part=0)
+    (note,) = partial_folder(out).glob(".inputs.*")
+    note.write_bytes(b"of the other")
+    read = parts.read_inside
+    monkeypatch.setattr(parts, "read_inside", lambda at, name: None if name == note.name else read(at, name))
+    adapterkit.execute(plan, out, part=1)
+    assert note.read_bytes() == b"of the other"
+
+
 def test_a_link_in_the_place_of_a_part_is_refused(tmp_path: Path) -> None:
     base, adapter, _ = _folder(tmp_path)
     plan = plan_merge(base, [adapter]).plan
