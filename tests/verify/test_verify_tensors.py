@@ -472,3 +472,23 @@ def test_blocks_are_the_same_where_their_bytes_are(size: int, dtype: torch.dtype
         assert not _same_bytes(one, torch.frombuffer(changed, dtype=dtype))
     if size:
         assert not _same_bytes(one, one[:-1])
+
+
+def test_the_original_of_a_quantized_base_is_an_input_as_the_others_are(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, merged = made
+    original = tmp_path / "original"
+    shutil.copytree(base, original)
+    watched: list[str] = []
+    monkeypatch.setattr(
+        "adapterkit.verbs.verify.opened.check_unchanged",
+        lambda sources: watched.extend(str(source.path) for source in sources),
+    )
+    report = verify(merged, base=base, adapters=[adapter], base16=original)
+    found = {one.role: one for one in report.inputs}
+    assert found["original"].ref == str(original)
+    assert found["original"].digest == found["base"].digest
+    for folder in (original, base, merged, adapter):
+        assert any(path.startswith(f"{folder}/") for path in watched)
+    assert len(watched) == len(set(watched))

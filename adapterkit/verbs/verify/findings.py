@@ -98,9 +98,7 @@ def where(names: Sequence[str], touched: Sequence[str]) -> tuple[str, bool]:
     if len(names) == 1:
         return f"'{names[0]}'", False
     if chosen == set(touched):
-        return (
-            "the one tensor" if len(names) == 1 else f"all {len(names)} tensors"
-        ) + " that the adapter changes", False
+        return f"all {len(names)} tensors that the adapter changes", False
     layers = _layers(names)
     whole = [n for n in layers if {t for t in touched if _layer(t) == n} <= chosen]
     if (

@@ -201,6 +201,7 @@ def _same_adapters(record: Record, adapters: Sequence[Adapter], digests: Digests
 def inputs(
     merged: Checkpoint,
     base: Checkpoint,
+    original: Ref | Checkpoint | None,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     digests: Digests,
@@ -212,6 +213,9 @@ def inputs(
         VerifiedInput("merged", merged.ref, digests.said(merged)),
         VerifiedInput("base", base.ref, digests.said(base), commit=base.commit),
     ]
+    if original is not None:
+        opened = open_inputs(original, base)[0]
+        found.append(VerifiedInput("original", opened.ref, digests.said(opened), commit=opened.commit))
     for adapter, weight in zip(adapters, weights, strict=True):
         if isinstance(adapter, WholeModel) and adapter.checkpoint is not None:
             digest = digests.said(adapter.checkpoint)

@@ -72,8 +72,15 @@ class OpenVerification:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Every file that is read."""
-        read = (*self.loaded, *(() if self.beside is None else (self.beside,)))
-        return (*self.found.sources, *self.stored.sources, *(source for one in read for source in one.sources))
+        beside = () if self.beside is None else (self.beside,)
+        read = (
+            self.found,
+            self.stored,
+            self.planned.base,
+            *self.loaded,
+            *beside,
+        )  # planned on the original, if it has one
+        return tuple({id(source): source for one in read for source in one.sources}.values())
 
     @property
     def thresholds(self) -> Thresholds:
@@ -92,7 +99,8 @@ class OpenVerification:
         """Everything that is read, by digest."""
         from adapterkit.verbs.verify.inputs import inputs, prompts_of, residual_of
 
-        found = inputs(self.found, self.stored, self.loaded, self.planned.weights, self.digests)
+        original = self.how.given.get("base16")
+        found = inputs(self.found, self.stored, original, self.loaded, self.planned.weights, self.digests)
         beside = () if self.beside is None else (residual_of(self.beside, self.digests),)
         asked = () if self.request.prompts is None else (prompts_of(self.request.prompts),)
         return (*found, *beside, *asked)
@@ -166,6 +174,7 @@ class OpenVerification:
                 every.append(
                     Finding("alone", NOTE, f"the models answered without {beside.ref}: the figures are of MERGED alone")
                 )
+        read = self.inputs()
         check_unchanged(self.sources)
         return VerifyReport(
             ok=not any(finding.severity == ERROR for finding in every),
@@ -182,7 +191,7 @@ class OpenVerification:
             thresholds=self.thresholds,
             options=self.options,
             record=how.record is not None,
-            inputs=self.inputs(),
+            inputs=read,
             notes=tuple(dict.fromkeys((*planned.notes, *said(request.device, agrees=FIGURES)))),
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(),
