@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -248,8 +248,7 @@ def _run(
     there = open_device(place)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.parent)
-        # A quantized model computes as its library has it.
-        kept = dtype == "auto" and there.here and "quantization_config" not in opened.config
+        kept = dtype == "auto" and there.here and not _by_library(opened.config)
         model = _loaded(folder.parent, dtype, partial(_stored, opened, names) if kept else None)
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
@@ -278,6 +277,13 @@ def _run(
     with wide:
         computed = next(row.label for row in FLOATS if row.torch == model.dtype)
     return gathering.sums, count, computed
+
+
+def _by_library(config: Mapping[str, Any]) -> bool:
+    """Whether a model is quantized: it computes as its library has it."""
+    from adapterkit.codecs.table import quantization
+
+    return quantization(config) is not None
 
 
 def _loaded(folder: Path, dtype: str, stored: Callable[[str], torch.dtype] | None) -> Any:

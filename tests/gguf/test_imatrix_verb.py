@@ -22,7 +22,7 @@ from adapterkit.gguf.importance import load_importance
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.vocab import pretokenizers
 from adapterkit.verbs.convert import convert
-from adapterkit.verbs.imatrix import added, imatrix
+from adapterkit.verbs.imatrix import _by_library, added, imatrix
 from adapterkit.verbs.stored_model import load_stored
 
 CHUNK = 32
@@ -153,6 +153,13 @@ def test_weights_of_16_bits_compute_in_float32(
     assert computed == {"auto": "f32", "f32": "f32", "bf16": "bf16"}
     auto, wide, narrow = ((tmp_path / f"{dtype}.gguf").read_bytes() for dtype in computed)
     assert auto == wide != narrow
+
+
+def test_a_model_is_quantized_wherever_its_config_says_so() -> None:
+    how = {"quant_method": "compressed-tensors"}
+    said = ({"quantization_config": how}, {"compression_config": how}, {"text_config": {"quantization_config": how}})
+    assert all(map(_by_library, said))
+    assert not _by_library({"text_config": {}, "quantization_config": None})
 
 
 def test_a_model_is_loaded_with_the_dtypes_that_are_asked_for(tmp_path: Path) -> None:
