@@ -435,6 +435,27 @@ def test_the_same_model_in_another_layout(
     assert [one.kind for one in verify(tmp_path / "none", base=base, adapters=[adapter]).errors] == ["not applied"]
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_conv1d_in_its_own_format(kind: str, tmp_path: Path) -> None:
+    """GPT-2's weights lie on their side in a quantized file: the change is looked for there as they lie."""
+    name, made = "transformer.h.0.mlp.c_fc", torch.Generator().manual_seed(0)
+    said = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    write_checkpoint(tmp_path / "plain", {f"{name}.weight": torch.randn(64, 256, generator=made).bfloat16()}, said)
+    adapterkit.convert(tmp_path / "plain", tmp_path / "base", to=kind)
+    adapter = plain_adapter(tmp_path / "adapter", tmp_path / "plain", modules=("c_fc",))
+    key = f"base_model.model.{name}.lora_"
+    factors = {"A": torch.randn(4, 64, generator=made) * 0.3, "B": torch.randn(256, 4, generator=made)}
+    save_file(
+        {f"{key}{one}.weight": value for one, value in factors.items()}, adapter / "adapter_model.safetensors"
+    )
+    adapterkit.merge(tmp_path / "base", [adapter], tmp_path / "out", quant="keep", yes_lossy=True)
+    report = verify(tmp_path / "out", base=tmp_path / "base", adapters=[adapter], level="tensors")
+    assert report.tensors is not None
+    assert report.tensors.counts == {EQUAL: 1}
+    assert report.tensors.retention == pytest.approx(1, abs=0.05)
+    assert report.ok, report.errors
+
+
 @pytest.mark.parametrize("quant", ["nf4", "int4", "mxfp4", "mlx-4bit-g32"])
 def test_scales_that_are_others_beside_the_same_codes(quant: str, tmp_path: Path) -> None:
     """Codes alone do not tell: a layer whose scales were damaged is another layer, changed by an adapter or not."""

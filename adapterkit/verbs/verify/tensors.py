@@ -57,6 +57,7 @@ class Tally:
 
     item: Item
     missing: int
+    there: Tensor  # the values of MERGED; of a Conv1D in the base's own format on their side, as they are encoded
     found: dict[int, FidelitySums] = field(default_factory=dict)
     ours: dict[int, FidelitySums] = field(default_factory=dict)
     differing: int = 0
@@ -181,18 +182,18 @@ class TensorComparison:
             item.merged.watch = partial(self._watch, item.name)
         if not item.parts:
             starts = range(0, item.floats.numel, item.floats.block) or (0,)
-            tally = Tally(item, len(starts))
+            tally = Tally(item, len(starts), item.values)
             for start in starts:
                 yield partial(self._values_only, tally, start)
             return
         expected, found = item.parts[0]
         if expected.extent is not None and found.extent is not None and not item.touched:
             chunks = range(0, expected.nbytes, CHUNK) or (0,)
-            tally = Tally(item, len(chunks))
+            tally = Tally(item, len(chunks), item.values)
             yield from (partial(self._bytes, tally, at) for at in chunks)
             return
         blocks = range(0, expected.numel, expected.block) or (0,)  # a tensor of no values is judged too
-        tally = Tally(item, len(blocks))
+        tally = Tally(item, len(blocks), _as_encoded(item))
         for start in blocks:
             yield partial(self._block, tally, expected, found, start)
 
@@ -213,8 +214,8 @@ class TensorComparison:
         from adapterkit.ops.fidelity import block_sums
 
         for at, base, wanted, written in self._seen.__dict__.get("encoded", ()):
-            there = tally.item.values.read(at, at + wanted.numel()).to(wanted.device).float()
-            columns = tally.item.floats.shape[-1]
+            there = tally.there.read(at, at + wanted.numel()).to(wanted.device).float()
+            columns = tally.there.shape[-1]
             columns = columns if wanted.numel() % columns == 0 else 1
             one, two, mine, other = (part.view(-1, columns) for part in (base, wanted, written, there))
             found, ours = (block_sums(one, two, what, error=True) for what in (other, mine))
@@ -397,7 +398,7 @@ class TensorComparison:
         if alike and tally.differing and item.encoding is None and item.format is not None and not item.own:
             self._again(tally)
         (item.parts[0][0] if item.parts else item.floats).release()
-        item.values.release()
+        tally.there.release()
         judged = judge(tally)
         with self._lock:
             self._judged[item.name] = judged
@@ -515,6 +516,14 @@ def judge(tally: Tally) -> Judged:
         status = OFF
     odd = sum(item.merged.odd.values()) if item.merged is not None else tally.odd
     return Judged(item, status, sums, ours, tally.differing, steps, frozenset(tally.parts), odd)
+
+
+def _as_encoded(item: Item) -> Tensor:
+    """What MERGED holds of an item, in the order in which its encoding is told of values."""
+    from adapterkit.checkpoint.tensor import Transposed
+
+    on_its_side = item.encoding is not None and isinstance(item.encoding.weight, Transposed)
+    return Transposed(item.values) if on_its_side else item.values
 
 
 def is_there(sums: FidelitySums, ours: FidelitySums, *, own: bool) -> bool:
