@@ -117,10 +117,12 @@ def imatrix(
     if address is not None and address.suffix != ".gguf":
         # transformers loads folders of this machine, also where a file in one is named.
         name = address.name if address.suffix == ".safetensors" else ""
+        _check_loaded(address, name)
         with copied(address.parent if name else address, wanted=lambda one: _is_loaded(one, alone=bool(name))) as lent:
             found_here = again(lent / name, out=place, force=force)
         return replace(found_here, model=str(address), seconds=time.monotonic() - started)
     opened = open_model(model)
+    _check_loaded(opened.ref, "" if Path(opened.ref).is_dir() else Path(opened.ref).name)
     if isinstance(opened, GGUFCheckpoint):
         nothing = _layout({}, [str(text)], 0, chunk)
         check_output(plan_gguf(nothing), opened.sources, place, force=force)  # before a folder is made for nothing
@@ -156,6 +158,21 @@ def imatrix(
         notes += (f"run on {device} ({facts['name']}): sums are the CPU's but for rounding",)
     seconds = time.monotonic() - started
     return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, computed, missing, seconds, notes)
+
+
+def _check_loaded(ref: str | Address, file: str) -> None:
+    """See that a safetensors file that was named, if one was, is what transformers loads of its folder.
+
+    Raises:
+        UsageError
+    """
+    from adapterkit.checkpoint.folder import SINGLE
+
+    if file.endswith(".safetensors") and file != SINGLE:
+        raise UsageError(
+            f"{ref}: transformers runs the model, and of a folder it loads {SINGLE} or what an index names",
+            f"name the folder, or call the file {SINGLE} in a folder of its own",
+        )
 
 
 def _is_loaded(name: str, *, alone: bool) -> bool:

@@ -97,6 +97,17 @@ def inputs_of(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return sums
 
 
+def test_a_file_that_transformers_would_not_load(tmp_path: Path, tokenizer: str, words: Path) -> None:
+    """Two models in a folder: the sums would be of model.safetensors, whichever file was named."""
+    folder = build(tmp_path / "hf", "LlamaForCausalLM", tokenizer)
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UsageError, match=r"other.safetensors: .* it loads model.safetensors"):
+        imatrix(folder / "other.safetensors", words, tmp_path / "no.gguf", chunk=CHUNK)
+    with pytest.raises(UsageError, match=r"other.safetensors: .* it loads model.safetensors"):
+        imatrix("s3://bucket/hf/other.safetensors", words, tmp_path / "no.gguf", chunk=CHUNK)
+    assert imatrix(folder / "model.safetensors", words, tmp_path / "yes.gguf", chunk=CHUNK, chunks=1).tensors == 14
+
+
 def test_dense_layers(tmp_path: Path, tokenizer: str, words: Path) -> None:
     folder = build(tmp_path / "hf", "LlamaForCausalLM", tokenizer)
     rows = chunks(folder, words)
