@@ -125,8 +125,9 @@ def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str
         proof = (
             f"adapterkit verify {name} --base {parts.get('base', 'BASE')} --adapter {parts.get('adapter', 'ADAPTER')}"
         )
-        register = f"adapterkit register {name} --name {_name(stem)}"
-        return said, [proof, register] if one_file else [proof, quant, register]
+        known = _name(stem)
+        register = [f"adapterkit register {name} --name {known}"] if known else []
+        return said, [proof, *register] if one_file else [proof, quant, *register]
     if ref.endswith(".gguf"):
         merge = f"adapterkit merge {name} ADAPTER -o {_named(stem, '-merged.gguf')}"
         return said, [f"adapterkit inspect {name}", merge, f"adapterkit convert {name} -o {_named(stem)} --to hf"]
@@ -156,5 +157,10 @@ def _named(stem: str, end: str = "") -> str:
 
 
 def _name(stem: str) -> str:
-    """A name that the registry takes."""
-    return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._") or "model"
+    """A name that the registry takes, with letters that have one without their marks; empty where another is left."""
+    import unicodedata
+
+    plain = "".join(one for one in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(one)).lower()
+    if any(one.isalnum() and not one.isascii() for one in plain):
+        return ""
+    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", plain)).strip("-._")[:96] or "model"
