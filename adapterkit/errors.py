@@ -81,6 +81,15 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def size(nbytes: float) -> str:
+    """``1.23 GB``"""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
 @contextmanager
 def spelled(spelling: Callable[[str, object], str]) -> Iterator[None]:
     """Within the block, sentences spell options as ``spelling`` does."""

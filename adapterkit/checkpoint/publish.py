@@ -19,7 +19,7 @@ from adapterkit.disk import (
     write_file,
     writing,
 )
-from adapterkit.errors import AdapterkitError, OutputError, UsageError, option
+from adapterkit.errors import AdapterkitError, OutputError, UsageError, option, size
 from adapterkit.foreign import json_value
 from adapterkit.places import local
 
@@ -74,7 +74,7 @@ def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool,
     free = calls.free(parent) + sum(map(_held, held))
     if nbytes > free:
         raise OutputError(
-            f"{out} needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free",
+            f"{out} needs {size(nbytes)} and {parent} has {size(free)} free",
             "free some space or write elsewhere",
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from adapterkit.errors import counted
+from adapterkit.errors import size as size
 from adapterkit.redaction import redact
 
 _SHOWWARNING = warnings.showwarning
@@ -153,15 +154,6 @@ def unheard() -> bool:
             if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
                 return True
     return False
-
-
-def size(nbytes: float) -> str:
-    """``1.23 GB``"""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def command_line() -> str:

@@ -18,7 +18,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.hub import hub_errors, repo_info
 from adapterkit.checkpoint.hub_bytes import git_blob
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError
+from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError, size
 from adapterkit.hub.files import allowed
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.names import check_name, check_path
@@ -111,9 +111,7 @@ def pulling_folder(at: Home, nbytes: int, ref: str) -> Path:
     with disk.writing("a download", at.root):
         free = shutil.disk_usage(top).free
         if nbytes > free:
-            raise OutputError(
-                f"{ref} takes {nbytes / 1e9:.2f} GB and {at.root} has {free / 1e9:.2f} GB free", "free some space"
-            )
+            raise OutputError(f"{ref} takes {size(nbytes)} and {at.root} has {size(free)} free", "free some space")
         return Path(tempfile.mkdtemp(dir=top))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapterkit.errors import counted
+from adapterkit.errors import counted, size
 from adapterkit.recipe.report import UNCHANGED, BuildPlan, BuildReport, BuiltOutput
 
 
@@ -18,7 +18,7 @@ def of_build(report: BuildReport) -> str:
     for row in report.outputs:
         what = "unchanged" if row.state == UNCHANGED else f"{row.verb} to {row.to}"
         told = "; ".join((what, *_told(row)))
-        lines.append(f"| {row.name} | {cell(row.out)} | {_size(row.nbytes)} | {cell(told)} | `{row.digest}` |")
+        lines.append(f"| {row.name} | {cell(row.out)} | {size(row.nbytes)} | {cell(told)} | `{row.digest}` |")
     lines += ["", "| input | is | sha256 of its files |", "|---|---|---|"]
     for name, pin in report.inputs.items():
         files = "<br>".join(f"{cell(file)} `{digest[:16]}`" for file, digest in pin["files"].items())
@@ -32,11 +32,11 @@ def of_plan(planned: BuildPlan) -> str:
     lines = [f"### adapterkit build --plan {planned.recipe}", ""]
     lines += ["| output | | state | reads | size | memory | then |", "|---|---|---|---|---|---|---|"]
     for row in planned.outputs:
-        size = "" if row.nbytes is None else _size(row.nbytes)
-        memory = "" if row.peak_memory is None else _size(row.peak_memory)
+        written = "" if row.nbytes is None else size(row.nbytes)
+        memory = "" if row.peak_memory is None else size(row.peak_memory)
         reads, then = cell(", ".join(row.reads)), cell("; ".join(row.then))
         lines.append(
-            f"| {row.name} | {cell(row.out)} | {row.state}: {cell(row.why)} | {reads} | {size} | {memory} | {then} |"
+            f"| {row.name} | {cell(row.out)} | {row.state}: {cell(row.why)} | {reads} | {written} | {memory} | {then} |"
         )
     return "\n".join([*lines, ""])
 
@@ -58,11 +58,3 @@ def _told(row: BuiltOutput) -> list[str]:
 def cell(text: str) -> str:
     """Text for a cell of a table."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"

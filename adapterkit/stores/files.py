@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from adapterkit import disk
-from adapterkit.errors import AdapterkitError, NotFound, OutputError, StoreError, UnsafeError, option
+from adapterkit.errors import AdapterkitError, NotFound, OutputError, StoreError, UnsafeError, option, size
 from adapterkit.places import Address, address_of, local
 
 if TYPE_CHECKING:
@@ -328,6 +328,4 @@ def _check_room(nbytes: int, folder: Path, what: str) -> None:
 
     free = shutil.disk_usage(folder).free
     if nbytes > free:
-        raise OutputError(
-            f"{what} takes {nbytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free", "free some space"
-        )
+        raise OutputError(f"{what} takes {size(nbytes)} and {folder} has {size(free)} free", "free some space")

@@ -164,7 +164,7 @@ def test_too_little_room_is_said_before_the_first_byte(
     inputs: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calls, "free", lambda path: 50)
-    with pytest.raises(OutputError, match=r"needs 0\.00 GB and .* has 0\.00 GB free"):
+    with pytest.raises(OutputError, match=r"needs [0-9.]+ kB and .* has 50 B free"):
         adapterkit.merge(*inputs, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -173,7 +173,7 @@ def test_room_that_an_interrupted_run_holds_counts_as_free(tmp_path: Path, monke
     monkeypatch.setattr(calls, "free", lambda path: 1000)
     (tmp_path / "held").write_bytes(b"x" * 100_000)
     check_target(tmp_path / "out", [], 90_000, force=False, held=[tmp_path / "held"])
-    with pytest.raises(OutputError, match="GB free"):
+    with pytest.raises(OutputError, match=r"has 1\.00 kB free"):
         check_target(tmp_path / "out", [], 90_000, force=False)
 
 

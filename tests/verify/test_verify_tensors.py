@@ -445,9 +445,7 @@ def test_a_conv1d_in_its_own_format(kind: str, tmp_path: Path) -> None:
     adapter = plain_adapter(tmp_path / "adapter", tmp_path / "plain", modules=("c_fc",))
     key = f"base_model.model.{name}.lora_"
     factors = {"A": torch.randn(4, 64, generator=made) * 0.3, "B": torch.randn(256, 4, generator=made)}
-    save_file(
-        {f"{key}{one}.weight": value for one, value in factors.items()}, adapter / "adapter_model.safetensors"
-    )
+    save_file({f"{key}{one}.weight": value for one, value in factors.items()}, adapter / "adapter_model.safetensors")
     adapterkit.merge(tmp_path / "base", [adapter], tmp_path / "out", quant="keep", yes_lossy=True)
     report = verify(tmp_path / "out", base=tmp_path / "base", adapters=[adapter], level="tensors")
     assert report.tensors is not None

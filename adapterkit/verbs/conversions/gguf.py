@@ -31,7 +31,8 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
         return _of_hf(opened, asked, jobs)
     if asked.makes_tower:
         raise UsageError(
-            f"{src} is a GGUF file, which holds no tower", "give the Hugging Face model that it was made from"
+            f"{src} is a GGUF file, which holds no tower",
+            f"give the Hugging Face model it was made from, or leave out {option('mmproj', 'auto')}",
         )
     if asked.dtype != "auto" or asked.pre is not None:
         raise UsageError(f"{src} is a GGUF file, with types and a tokenizer of its own", f"use {option('quant')} alone")
