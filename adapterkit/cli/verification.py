@@ -11,7 +11,7 @@ import click
 
 from adapterkit.cli.output import command_line, note
 from adapterkit.cli.paths import FILE_THERE
-from adapterkit.errors import AuthError, StoreError, UsageError, option
+from adapterkit.errors import AuthError, OutputError, StoreError, UsageError, option
 from adapterkit.places import address_of
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ def deliver(
 
         try:
             found = into(report, report.merged, page=page.encode())
-        except (AuthError, StoreError) as error:
-            if attach or not there:
+        except (AuthError, OutputError, StoreError) as error:
+            if attach:
                 raise
-            # Who may read a bucket may often not write to it. Nobody asked for this by name, and the result is yet to be shown.
+            # Who may read a model may often not write to it. Nobody asked for this by name, and the result is yet to be shown.
             note(f"the figures are not in the record of {report.merged}: {error.message}")
             return
         if found.new:
@@ -115,7 +115,6 @@ def write(
         UsageError: there is no job to summarise.
     """
     from adapterkit.disk import open_appended
-    from adapterkit.errors import OutputError
     from adapterkit.stores.files import deliver as put
     from adapterkit.verbs.verify.summary import markdown as as_markdown
 

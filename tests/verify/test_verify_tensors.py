@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import UsageError
+from adapterkit.errors import OutputError, UsageError
 from adapterkit.verbs.verify import verify
 from adapterkit.verbs.verify.report import EQUAL, FORMAT, OFF, ROUNDING
 from adapterkit.verbs.verify.tensors import _same_bytes
@@ -392,6 +392,23 @@ def test_evidence_goes_into_the_record(
     found = json.loads((out / "adapterkit.json").read_bytes())["evidence"]["verification"]["tensors"]
     assert found["ok"] is False
     assert "layer missing" in found["figures"]["findings"] or "not applied" in found["figures"]["findings"]
+
+
+def test_a_folder_that_cannot_be_written_is_verified_all_the_same(
+    made: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object, **__: object) -> object:
+        raise OutputError("it cannot be written to (Read-only file system)")
+
+    monkeypatch.setattr("adapterkit.verbs.verify.evidence.attach", refused)
+    base, adapter, merged = made
+    command = ["verify", merged, "--base", base, "--adapter", adapter]
+    assert run(command) == 0
+    told = capsys.readouterr()
+    assert "verified: " in told.out
+    assert "the figures are not in the record of " in told.err
+    assert "Read-only file system" in told.err
+    assert run([*command, "--attach"]) == 1  # that was asked for
 
 
 def test_evidence_of_a_registered_version_is_a_new_one(
