@@ -134,7 +134,7 @@ def _show_health(found: Inspection) -> None:
         say(f"{row.norm:>10.4g} {row.rank:>5} {row.effective_rank:>9.2f}  {row.module}{stack}{problem}")
     bad = [row for row in found.health if row.problem]
     say(
-        f"{len(bad)} of {counted(len(found.health), 'module')} have a problem"
+        f"{len(bad)} of {counted(len(found.health), 'module')} {'has' if len(bad) == 1 else 'have'} a problem"
         if bad
         else f"{counted(len(found.health), 'module')}, all sound"
     )

@@ -150,7 +150,8 @@ def unmet(found: FidelityReport, asked: MergeReport | Limits) -> tuple[str, ...]
     if asked.max_error is not None and not error <= asked.max_error:
         words.append(f"the error beside the change is {error:.3g}, more than {asked.max_error:g}")
     if asked.max_dead is not None and len(found.dead) > asked.max_dead:
-        some = f"{len(found.dead)} of {counted(len(found.tensors), 'changed tensor')} have a cosine or a retention below 0.5"
+        has = "has" if len(found.dead) == 1 else "have"
+        some = f"{len(found.dead)} of {counted(len(found.tensors), 'changed tensor')} {has} a cosine or a retention below 0.5"
         words.append(f"{some}, more than {asked.max_dead} (the report names them)")
     return tuple(words)
 

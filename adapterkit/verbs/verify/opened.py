@@ -336,7 +336,9 @@ def _dead(found: TensorLevel, asked: int | None) -> list[Finding]:
     else:
         return []
     names = ", ".join(one.name for one in dead)
-    text = f"{len(dead)} of {counted(found.touched, 'changed tensor')} have a cosine or a retention below 0.5{allowed}: {names}"
+    has = "has" if len(dead) == 1 else "have"
+    some = f"{len(dead)} of {counted(found.touched, 'changed tensor')} {has}"
+    text = f"{some} a cosine or a retention below 0.5{allowed}: {names}"
     hint = "write these tensors wider, or keep the adapter beside the base"
     return [Finding("dead tensors", severity, text, hint, figure=float(len(dead)))]
 
