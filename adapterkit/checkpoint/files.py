@@ -11,7 +11,7 @@ from adapterkit.disk import calls
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from adapterkit.places import Address
@@ -162,10 +162,11 @@ class LocalFile(Source):
                 raise self._short(offset + done)
             done += count
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Bound above: at the end of Python this module may be empty before its last file is closed.
         fd = getattr(self, "_fd", None)
         if fd is not None:
-            os.close(fd)
+            close(fd)
 
 
 def check_unchanged(sources: Iterable[Source]) -> None:
