@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.bucket.layout import BucketFile, BucketReference, found_files, found_tag, missing, parse_bucket
-from adapterkit.errors import CheckFailed, NotFound, UsageError
+from adapterkit.errors import CheckFailed, NotFound
 from adapterkit.hub.files import IN_BUCKET, allowed
 from adapterkit.hub.pull import pulling_folder
 from adapterkit.registry.home import open_home
-from adapterkit.registry.names import check_name
+from adapterkit.registry.names import name_or_from
 from adapterkit.registry.record import BESIDE, Record
 from adapterkit.registry.register import register
 from adapterkit.stores.connect import open_store
@@ -51,7 +50,7 @@ def pull_bucket(address: str, *, name: str = "", ignore_record: bool = False, ho
         NotFound, AuthError, StoreError, UsageError, OutputError, RegistryError
     """
     asked = parse_bucket(address)
-    name = check_name(name) if name else _default_name(asked)
+    name = name_or_from(name, asked.folder.name, asked)
     store = open_store(asked.folder)
     exact = asked
     if not asked.digest:
@@ -100,11 +99,3 @@ def _fetch(store: Store, exact: BucketReference, file: BucketFile, folder: Path)
         os.close(target)
     if digest.hexdigest() != file.sha256:
         raise CheckFailed(f"the bytes of {store.place(key)} are not those of its digest", "remove it, and push again")
-
-
-def _default_name(reference: BucketReference) -> str:
-    name = re.sub(r"[^a-z0-9._-]+", "-", reference.folder.name.lower())
-    name = re.sub(r"\.{2,}", ".", name).lstrip("._-")
-    if not name:
-        raise UsageError(f"{reference} gives no name for the registry", "say one")
-    return check_name(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,13 +118,15 @@ def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str
     if " " in kind or kind.endswith("Pipeline"):  # a family of images, video or sound, or several parts: never GGUF
         quant = f"adapterkit convert {name} -o {_named(stem, '-bf16')} --to bf16"
     if record is not None and record.operation is not None and record.operation.name == "merge":
+        from adapterkit.registry.names import name_from
+
         labels = [one.label or one.content[:12] for one in record.parents]
         said += f", merged by adapterkit from {', '.join(labels)}"
         parts = {one.role: shlex.quote(_near(ref, one.label)) for one in record.parents if one.label}
         proof = (
             f"adapterkit verify {name} --base {parts.get('base', 'BASE')} --adapter {parts.get('adapter', 'ADAPTER')}"
         )
-        known = _name(stem)
+        known = name_from(stem)
         register = [f"adapterkit register {name} --name {known}"] if known else []
         return said, [proof, *register] if one_file else [proof, quant, *register]
     if ref.endswith(".gguf"):
@@ -154,13 +155,3 @@ def _stem(ref: str) -> str:
 
 def _named(stem: str, end: str = "") -> str:
     return shlex.quote(stem + end)
-
-
-def _name(stem: str) -> str:
-    """A name that the registry takes, with letters that have one without their marks; empty where another is left."""
-    import unicodedata
-
-    plain = "".join(one for one in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(one)).lower()
-    if any(one.isalnum() and not one.isascii() for one in plain):
-        return ""
-    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", plain)).strip("-._")[:96] or "model"

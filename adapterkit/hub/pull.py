@@ -6,7 +6,6 @@ answer, and the download has to have them.
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError, size
 from adapterkit.hub.files import allowed
 from adapterkit.registry.home import Home, open_home
-from adapterkit.registry.names import check_name, check_path
+from adapterkit.registry.names import check_path, name_or_from
 from adapterkit.registry.record import BESIDE, Origin, Record
 from adapterkit.registry.register import register
 
@@ -58,7 +57,7 @@ def pull(ref: str, *, name: str = "", ignore_record: bool = False, home: Path | 
     hub = parse_hub(ref)
     if hub is None or hub.subfolder:
         raise UsageError(f"'{ref}' is not a repository", "give it as org/name or org/name@revision")
-    name = check_name(name) if name else _default_name(hub.repo)
+    name = name_or_from(name, hub.repo.rpartition("/")[2], hub.repo)
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"{ref} cannot be pulled while the Hub is switched off", "unset HF_HUB_OFFLINE")
     with hub_errors(ref):
@@ -113,8 +112,3 @@ def pulling_folder(at: Home, nbytes: int, ref: str) -> Path:
         if nbytes > free:
             raise OutputError(f"{ref} takes {size(nbytes)} and {at.root} has {size(free)} free", "free some space")
         return Path(tempfile.mkdtemp(dir=top))
-
-
-def _default_name(repo: str) -> str:
-    name = re.sub(r"[^a-z0-9._-]+", "-", repo.rpartition("/")[2].lower())
-    return check_name(re.sub(r"\.{2,}", ".", name).lstrip("._-"))

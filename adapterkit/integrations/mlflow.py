@@ -23,6 +23,7 @@ from adapterkit.integrations.tracking import LoggedVersion, adapter_of, copy_fil
 from adapterkit.packages import need
 from adapterkit.redaction import without_login
 from adapterkit.registry.evidence import attach_evidence
+from adapterkit.registry.names import name_or_from
 from adapterkit.registry.register import Registered
 
 PATH = "adapter"
@@ -115,11 +116,9 @@ def import_model(model: str, *, name: str = "", tracking_uri: str = "", home: Pa
             )
         meta = {"mlflow": f"models:/{found[1]}/{version.version}", "mlflow.run": version.run_id or ""}
         content = version.tags.get("adapterkit.content", "")
-        return registered(folder, name or _name(found[1]), {k: v for k, v in meta.items() if v}, content, home)
-
-
-def _name(text: str) -> str:
-    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", text.lower())).lstrip("._-")
+        return registered(
+            folder, name_or_from(name, found[1], model), {k: v for k, v in meta.items() if v}, content, home
+        )
 
 
 def _artifacts(source: str, uri: str, top: str) -> str:

@@ -19,6 +19,7 @@ from adapterkit.errors import AdapterkitError, AuthError, NotFound, ServerError,
 from adapterkit.integrations.tracking import LoggedVersion, adapter_of, copy_files, labels, numbers, registered
 from adapterkit.packages import need
 from adapterkit.registry.evidence import attach_evidence
+from adapterkit.registry.names import name_or_from
 from adapterkit.registry.register import Registered
 
 TYPE = "model"
@@ -110,8 +111,8 @@ def import_artifact(artifact: str, *, name: str = "", home: Path | None = None) 
             )
         meta = {"wandb": str(getattr(found, "qualified_name", artifact))}
         content = str((found.metadata or {}).get("adapterkit.content", ""))
-        short = re.sub(r"[^a-z0-9._-]+", "-", artifact.rpartition("/")[2].partition(":")[0].lower()).strip("._-")
-        return registered(folder, name or short, meta, content, home)
+        name = name_or_from(name, artifact.rpartition("/")[2].partition(":")[0], artifact)
+        return registered(folder, name, meta, content, home)
 
 
 def _wandb() -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit import disk
-from adapterkit.errors import CheckFailed, NotFound, UsageError
+from adapterkit.errors import CheckFailed, NotFound
 from adapterkit.hub.files import allowed
 from adapterkit.hub.pull import pulling_folder
 from adapterkit.oci.client import Manifest, OciRegistry
@@ -19,7 +18,7 @@ from adapterkit.oci.modelpack import META, ArtifactFile, files_of
 from adapterkit.oci.reference import OciReference, parse_oci
 from adapterkit.oci.signatures import verify_artifact
 from adapterkit.registry.home import open_home
-from adapterkit.registry.names import check_name
+from adapterkit.registry.names import name_or_from
 from adapterkit.registry.record import BESIDE, Record
 from adapterkit.registry.register import register
 
@@ -65,7 +64,7 @@ def pull_oci(
         NotFound, AuthError, ServerError, UsageError, OutputError, RegistryError
     """
     at_ = parse_oci(address, plain=plain_http)
-    name = check_name(name) if name else _default_name(at_)
+    name = name_or_from(name, at_.name.rpartition("/")[2], at_)
     registry = OciRegistry(at_)
     manifest = found_manifest(registry)
     if key is not None:
@@ -118,10 +117,3 @@ def _fetch(registry: OciRegistry, file: ArtifactFile, folder: Path) -> None:
     if total != file.size or digest.hexdigest() != file.digest:
         where = registry.reference.host
         raise CheckFailed(f"the bytes of {file.path} from {where} are not those of its digest", "pull it again")
-
-
-def _default_name(reference: OciReference) -> str:
-    name = re.sub(r"[^a-z0-9._-]+", "-", reference.name.rpartition("/")[2])
-    if not name:
-        raise UsageError(f"{reference} gives no name for the registry")
-    return check_name(re.sub(r"\.{2,}", ".", name).lstrip("._-"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from adapterkit.errors import AdapterkitError, RegistryError, UnsafeError, UsageError
+from adapterkit.errors import AdapterkitError, RegistryError, UnsafeError, UsageError, option
 
 # Plain text and not compiled here: re caches what is used, and reading verbs use few of them.
 _NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
@@ -42,6 +42,31 @@ def check_name(text: str, what: str = "name") -> str:
             f"{text!a} is an address, and a {what} of the registry is wanted", "register it, then give its name"
         )
     raise error(f"{text!a} cannot be a {what}", _NAME_RULE)
+
+
+def name_from(text: str) -> str:
+    """A name that the registry takes, made of what another place calls it; empty where there is none.
+
+    Letters lose their marks (NFKD of Unicode, TR15). Where a letter without an ASCII form is left, there is no name.
+    """
+    import unicodedata
+
+    plain = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one)).lower()
+    if any(one.isalnum() and not one.isascii() for one in plain):
+        return ""
+    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", plain)).strip("-._")[:96]
+
+
+def name_or_from(name: str | None, text: str, whose: object) -> str:
+    """``name``, when it is given, else one made of ``text``, which is what ``whose`` is called there.
+
+    Raises:
+        UnsafeError, UsageError: see `check_name`; no name can be made.
+    """
+    found = check_name(name) if name else name_from(text)
+    if not found:
+        raise UsageError(f"{whose} gives no name for the registry", f"add {option('name', 'NAME')}")
+    return found
 
 
 def check_alias(text: str) -> str:

@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.cli import VERBS, app, foreign, main
-from adapterkit.cli.look import _name, look
+from adapterkit.cli.look import look
 from adapterkit.errors import UsageError
 from adapterkit.gguf.filetypes import file_type
-from adapterkit.registry.names import is_name
 from adapterkit.requests import every
 from adapterkit.verbs.merge import merge
 
@@ -52,16 +51,6 @@ def test_an_adapter_and_what_comes_next(here: Path, capsys: pytest.CaptureFixtur
     assert said == "my adapter: a LoRA of rank 4 on q_proj, up_proj, for base"
     assert [line.split()[1] for line in commands] == ["check", "merge", "merge"]
     assert commands[0] == "  adapterkit check base 'my adapter'"
-
-
-@pytest.mark.parametrize(
-    ("stem", "name"),
-    [("\xd6ut put", "out-put"), ("na\xefve\u2161", "naiveii"), ("\u6a21\u578b-merged", ""), ("a..b", "a.b")],
-)
-def test_a_name_for_the_registry(stem: str, name: str) -> None:
-    """A letter without its marks is near enough; one that is dropped would leave another word."""
-    assert _name(stem) == name
-    assert not name or is_name(name)
 
 
 def test_the_commands_that_are_named_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from adapterkit.errors import AdapterkitError, NotFound, UnsafeError, UsageError
 from adapterkit.registry import register, resolve, verbs
 from adapterkit.registry.home import Home, default_home
-from adapterkit.registry.names import check_alias, check_name, check_sha256, is_name, is_repo
+from adapterkit.registry.names import check_alias, check_name, check_sha256, is_name, is_repo, name_from, name_or_from
 
 UNSAFE = [
     "../x",
@@ -129,3 +129,31 @@ def test_the_home_is_absolute_and_in_the_user_data_folder(monkeypatch: pytest.Mo
     assert default_home() == tmp_path / ".local/share/adapterkit"
     monkeypatch.setattr("sys.platform", "darwin")
     assert default_home() == tmp_path / "Library/Application Support/adapterkit"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("\xd6ut put", "out-put"),
+        ("na\xefve\u2161", "naiveii"),
+        ("\u6a21\u578b-merged", ""),
+        ("a..b", "a.b"),
+        ("My-LoRA_v1.0", "my-lora_v1.0"),
+        ("__", ""),
+    ],
+)
+def test_a_name_that_is_made_of_another(text: str, name: str) -> None:
+    """A letter without its marks is near enough; one that is dropped would leave another word."""
+    assert name_from(text) == name
+    if name:
+        assert name_or_from(None, text, "there") == name
+        return
+    with pytest.raises(UsageError, match="there gives no name for the registry; add name="):
+        name_or_from(None, text, "there")
+    assert name_or_from("given", text, "there") == "given"
+
+
+@given(st.text(max_size=120))
+def test_a_name_that_is_made_is_one(text: str) -> None:
+    found = name_from(text)
+    assert not found or is_name(found)
