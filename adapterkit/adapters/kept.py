@@ -17,7 +17,7 @@ from adapterkit.checkpoint.encoded import Encoded, Encoding
 from adapterkit.checkpoint.tensor import Retyped, Transposed
 from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.table import method_of, quantization, without_quantization
-from adapterkit.errors import TargetError, UsageError, counted, option
+from adapterkit.errors import TargetError, UsageError, counted, option, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,8 +230,8 @@ def sizes(form: StoredForm, view: Checkpoint) -> str:
 
 
 def _sum(counts: Counter[str]) -> str:
-    parts = ", ".join(f"{size / 1e9:.3g} GB {kind}" for kind, size in counts.most_common(4))
-    return f"{sum(counts.values()) / 1e9:.4g} GB ({parts})"
+    parts = ", ".join(f"{size(nbytes)} {kind}" for kind, nbytes in counts.most_common(4))
+    return f"{size(sum(counts.values()))} ({parts})"
 
 
 def keep_index(stored: Checkpoint, plan: Plan) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.checkpoint.slices import current
-from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
+from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option, size
 from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
@@ -158,7 +158,7 @@ class Merge:
             return ()
         said = f"rounded with feedback, by {calibration.tokens} tokens of {self.request.calibration}"
         if dry_run:
-            at_most = f"{calibration.disk / 1e9:.2g} GB of disk"
+            at_most = f"{size(calibration.disk)} of disk"
             text = self.request.calibration
             return (
                 f"the merged model reads {text} first; the inputs of its layers are kept meanwhile in at most {at_most}",
@@ -594,9 +594,9 @@ def _if_kept(planned: Merge) -> tuple[str, ...]:
         found = left_in_own_format(planned.folded, small, tensors=FEW) if small else None
     except AdapterkitError as error:
         return (f"{name} could not write this: {error.message}",)
-    size = sum(tensor.nbytes for tensor in made.view.values())
+    new = sum(tensor.nbytes for tensor in made.view.values())
     whole = sum(tensor.nbytes for tensor in planned.view.values())
-    said = f"{name} would write {size / 1e9:.3g} GB in place of {whole / 1e9:.3g} GB"
+    said = f"{name} would write {size(new)} in place of {size(whole)}"
     if found is None or found.worst is None:
         return (said,)
     return (f"{said} and keep about {found.retention:.0%} of the change (cosine {found.cosine:.2f})",)

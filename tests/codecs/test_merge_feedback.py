@@ -222,7 +222,7 @@ def test_a_conversion_is_rounded_so_too(trained: dict[str, Path], tmp_path: Path
     """Without an adapter: nearer to the model on the text than the nearest values, the same by a plan, in a record."""
     how: dict[str, Any] = {"rounding": "feedback", "calibration": trained["text.txt"]}
     planned = convert(trained["base"], to="nf4", dry_run=True, **how).notes
-    assert any("reads" in note and "GB of disk" in note for note in planned)
+    assert any("reads" in note and "B of disk" in note for note in planned)
     convert(trained["base"], tmp_path / "near", to="nf4")
     report = convert(trained["base"], tmp_path / "fed", to="nf4", jobs=1, **how)
     assert any(note.startswith("rounded with feedback, by 512 tokens") for note in report.notes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.bases import open_adapter, open_model
 from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.open import is_object, locate
-from adapterkit.errors import NotFound
+from adapterkit.errors import NotFound, size
 from adapterkit.places import address_of
 from adapterkit.verbs.job import Job
 from adapterkit.verbs.placed import place
@@ -140,7 +140,7 @@ class Conversion:
         if made is None or asked is None:
             return ()
         if dry_run:
-            disk = f"{made.disk / 1e9:.2g} GB of disk"
+            disk = f"{size(made.disk)} of disk"
             return (
                 f"the model reads {asked.calibration} first; the inputs of its layers are kept meanwhile in at most {disk}",
             )
