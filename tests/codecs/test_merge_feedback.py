@@ -32,7 +32,7 @@ def sentences(seed: int, count: int) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A Llama of 100,000 weights that learned one text, a LoRA that learned another, and the two texts."""
+    """A Llama of 300,000 weights that learned one text, a LoRA that learned another, and the two texts."""
     import peft
     import tokenizers
     import transformers
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(WORDS) + 1, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(WORDS) + 1, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
