@@ -192,6 +192,7 @@ def _send_parts(store: Store, key: str, upload: Upload, source: IO[bytes]) -> No
             there = store.head(key)  # the answer to an earlier attempt may have been lost
             if there is None or there.size != upload.size:
                 raise StoreError(f"the upload of {store.place(key)} is gone", "push it again")
+        assembly.release()
     except BaseException:
         assembly.abort()
         raise

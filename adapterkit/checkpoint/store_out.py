@@ -346,6 +346,7 @@ class StoreOut:
             self._visible.append(key)
             if not self.store.marked:
                 self.store.put(self.uploads.note_of(file), self.uploads.note(file, found.assembly, made=etag))
+            found.assembly.release()  # last: until the note says what was made, another worker goes by the parts
             return StoredObject(key, file.nbytes, etag)
         made = self.uploads.made(file)  # the answer to an earlier attempt may have been lost
         if made is None:

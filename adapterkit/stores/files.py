@@ -289,6 +289,7 @@ def send(
                 return False
             if there is None or there.size != size:
                 raise StoreError(f"the upload of {to} is gone", "send it again")
+        assembly.release()
     except BaseException:
         assembly.abort()
         raise

@@ -330,6 +330,7 @@ class _Runs(Assembly):
         self._turn = threading.Condition()
         self._runs: dict[int, _Run] = {}  # by the number of each of its parts
         self._given_up: BaseException | None = None
+        self._made_of: dict[str, StoredObject] = {}
 
     def file(self, name: str) -> str:
         return f"{self.id}/{name}"
@@ -443,8 +444,6 @@ class _Runs(Assembly):
         if BEGUN not in there:
             return None
         whole = there.get(f"{numbers[0]:05d}-{numbers[-1]:05d}")
-        if found is not None and absent and (whole is None or found.etag != whole.etag):
-            return None
         if whole is not None:
             line = store.naming(self.key, whole.etag, store.root.bucket)
         else:
@@ -453,9 +452,16 @@ class _Runs(Assembly):
                 return None
             with _told(self._place):
                 line = store.adding(self.key, store.hash_sent(pieces))
+        if found is not None and absent and found.etag != line["xetHash"]:
+            return None  # the same bytes are of another worker of this plan, and named once more
         store.ask(lambda: store.batch([line]), self._place, writing=True)
-        self._remove(there)
+        self._made_of = there
         return str(line["xetHash"])
+
+    def release(self) -> None:
+        if self._made_of:
+            self._remove(self._made_of)
+            self._made_of = {}
 
     def _pieces(self, there: Mapping[str, StoredObject], numbers: Sequence[int]) -> Iterator[bytes] | None:
         """The bytes of parts that lie in several files, in order; None where one is missing."""

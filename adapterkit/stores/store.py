@@ -89,6 +89,9 @@ class Assembly(ABC):
         """Make the object of these parts; its ETag, or None where ``absent`` and there is one already, or where the upload
         is gone."""
 
+    def release(self) -> None:
+        """Let go of what `complete` made the object of, once its ETag is noted where others look; few stores keep any."""
+
     @abstractmethod
     def abort(self) -> None:
         """Let go of the parts; nothing where the upload is gone."""
