@@ -57,7 +57,7 @@ WITHOUT_CORE: dict[str, set[str]] = {
     "huggingface_hub": READS,
     "yaml": READS,
     "regex": READS,
-    "xxhash": READS,
+    "xxhash": READS - {"merge --save-plan"},  # a plan knows a local adapter by all its bytes
 }
 # Nobody answers at the Hub of the scenarios, and llm-compressor is in no environment of the tests.
 ELSEWHERE = {"push": 5, "pull": 5, "convert to awq": 2}
@@ -132,7 +132,9 @@ def test_every_verb_without_each_package(inputs: Path) -> None:
     assert {
         package: bad for package, found in everything.items() if (bad := wrong(package, found, NEEDED[package]))
     } == {}
-    core = told(inputs, {key: list(without.SCENARIOS) for key in WITHOUT_CORE}, [])
+    names = {key: list(without.SCENARIOS) for key in WITHOUT_CORE}
+    names["xxhash"].remove("execute")  # there is no plan to execute
+    core = told(inputs, names, [])
     for package, found in core.items():
         for name, result in found.items():
             if name in WITHOUT_CORE[package]:
