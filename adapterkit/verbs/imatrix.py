@@ -292,7 +292,8 @@ def _run(
             if progress is not None:
                 progress(number + 1, count)
     with wide:
-        computed = next(row.label for row in FLOATS if row.torch == model.dtype)
+        found = model.dtype
+    computed = next((row.label for row in FLOATS if row.torch == found), str(found).removeprefix("torch."))
     return gathering.sums, count, computed
 
 
